@@ -106,7 +106,7 @@ def tell_run(source: Path, out: Path | None, config: "RunConfig | None", **setti
             tell_plan=tell,
             progress=progress,
             download_progress=downloading,
-            gently=lambda: stopping_gently("the chunk"),
+            graceful_stop=lambda: stopping_gently("the chunk"),
             **settings,
         )
     say_done(done.out, done.was_complete)

@@ -34,7 +34,7 @@ from .journal import Journal, content_of
 from .page import REPORT, write_run_report
 from .plan import RunPlan, inputs_of, make_plan
 from .recipe import FILE, Recipe, differences, extract_settings, read_recipe, write_recipe
-from .stages import ATLAS, CACHE, COMPARE, PROBE, SELECTION, Stage, Workshop, as_now, stages_of
+from .stages import ATLAS, CACHE, COMPARE, PROBE, SELECTION, RunContext, Stage, as_now, stages_of
 
 COMMANDS = "commands.sh"
 _LOOKED_AT = 32  # images of the first look
@@ -115,7 +115,7 @@ def run_pipeline(
     tell_plan: Callable[[RunPlan], None] = lambda plan: None,
     progress: Progress = lambda done, total, state: None,
     download_progress: Progress = lambda done, total, state: None,
-    gently: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
+    graceful_stop: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
 ) -> RunResult:
     """From images (or a recipe) to a folder with all stores, results, an atlas and a report; the same call continues.
 
@@ -135,7 +135,7 @@ def run_pipeline(
     tell_plan : called once, before anything is written
     progress : thousandths of all stages done, 1000
     download_progress : bytes of the weights downloaded, bytes in all
-    gently : a context around the extraction that says whether it is to stop after the chunk in flight
+    graceful_stop : a context around the extraction that says whether it is to stop after the chunk in flight
 
     Raises
     ------
@@ -184,7 +184,7 @@ def run_pipeline(
             return RunResult(out=place, plan=plan, is_dry=True, left_out=dict(asked.recipe.left_out))
         place.mkdir(parents=True, exist_ok=True)
         write_recipe_of(asked.recipe, place, Path(source))
-        shop = Workshop(
+        context = RunContext(
             out=place,
             recipe=asked.recipe,
             images=asked.images,
@@ -194,11 +194,11 @@ def run_pipeline(
             scheduler=scheduler,
             memory_limit=memory_limit,
             shard=shard,
-            gently=gently,
+            graceful_stop=graceful_stop,
             download_progress=download_progress,
             resources=stack,
         )
-        return _run(plan, shop, journal, content, progress, overwrite=overwrite)
+        return _run(plan, context, journal, content, progress, overwrite=overwrite)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked
@@ -335,15 +335,15 @@ class _Found:
         self.doubts += [(name, warning) for warning in done.warnings]
         self.remarks += [f"{name}: {note}" for note in done.notes]
 
-    def result(self, plan: RunPlan, shop: Workshop, *, waits_for: str = "") -> RunResult:
+    def result(self, plan: RunPlan, context: RunContext, *, waits_for: str = "") -> RunResult:
         """What the run has done."""
         told = {f"extract: {note}" for note in plan.notes}  # the plan has said these
         return RunResult(
-            out=shop.out,
+            out=context.out,
             plan=plan,
             made=tuple(self.made),
             unchanged=tuple(self.unchanged),
-            left_out={**shop.recipe.left_out, **self.left_out},
+            left_out={**context.recipe.left_out, **self.left_out},
             said=tuple(self.said),
             doubts=tuple(_grouped(self.doubts)),
             remarks=tuple(note for note in dict.fromkeys(self.remarks) if note not in told),
@@ -368,80 +368,85 @@ def _grouped(doubts: list[tuple[str, str]]) -> Iterator[str]:
 
 
 def _run(
-    plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, progress: Progress, *, overwrite: bool
+    plan: RunPlan, context: RunContext, journal: Journal, images_content: str, progress: Progress, *, overwrite: bool
 ) -> RunResult:
     """All stages in order, then the commands and the report."""
     overall = _Overall(plan, progress)
-    shop.progress = overall.show
+    context.progress = overall.show
     found = _Found()
     for planned in plan.stages:
-        stage = as_now(planned.stage, shop.recipe, shop.out)
+        stage = as_now(planned.stage, context.recipe, context.out)
         journal.refresh()  # other shards may have done some
-        inputs = inputs_of(stage, shop.out, images_content)
-        inputs |= dict.fromkeys(inputs.keys() & shop.left_out)  # of these nothing is read, also where an old one lies
-        there = content_of(shop.out / stage.out)
+        inputs = inputs_of(stage, context.out, images_content)
+        inputs |= dict.fromkeys(inputs.keys() & context.left_out)  # absent, even where an older output lies
+        there = content_of(context.out / stage.out)
         if not journal.why_stale(stage, inputs, there):
             found.unchanged.append(stage.name)
             continue
-        if waits_for := _must_wait(stage, shop, there):
-            return found.result(plan, shop, waits_for=waits_for)
+        if waits_for := _must_wait(stage, context, there):
+            return found.result(plan, context, waits_for=waits_for)
         overall.begin(stage)
         began = time.perf_counter()
         try:
-            done = _do(stage, shop, may_replace=overwrite or journal.is_made(stage, there))
+            done = _run_stage(stage, context, may_replace=overwrite or journal.is_made(stage, there))
         except CytoError as error:
             if not (stage.is_optional and isinstance(error, BadInput | StoreNotFound | IncompleteStore)):
                 raise
             found.left_out[stage.name] = str(error)
-            journal.leave_out(stage, str(error))
-            shop.left_out.add(stage.out)
-            if stage.out == SELECTION and there is not None and journal.is_made(stage, there):
-                (shop.out / SELECTION).unlink()  # of other settings; whoever reads the concepts would take it
-            journal.write()
+            _leave_out(stage, context, journal, there, why=str(error))
             overall.end(stage)
             continue
         overall.end(stage)
         if getattr(done, "is_complete", True) is False:  # a shard of a store
-            return found.result(plan, shop, waits_for=next(iter(done.lines()), "other shards"))
-        journal.record(stage, inputs, content_of(shop.out / stage.out), seconds=time.perf_counter() - began)
+            return found.result(plan, context, waits_for=next(iter(done.lines()), "other shards"))
+        journal.record(stage, inputs, content_of(context.out / stage.out), seconds=time.perf_counter() - began)
         journal.write()
         found.add(stage, done)
-    write_commands(shop.out, shop.recipe, {**shop.recipe.left_out, **found.left_out}, device=shop.device)
+    write_commands(context.out, context.recipe, {**context.recipe.left_out, **found.left_out}, device=context.device)
     progress(_STEPS - 1, _STEPS, "the report")
-    write_run_report(shop.out, stage_one=shop.stage_one)
+    write_run_report(context.out, stage_one=context.stage_one)
     progress(_STEPS, _STEPS, "done")
-    return found.result(plan, shop)
+    return found.result(plan, context)
 
 
-def _do(stage: Stage, shop: Workshop, *, may_replace: bool) -> Report:
-    """The stage; what a run made with other settings is replaced, once the new one is complete; what hands made is not.
+def _leave_out(stage: Stage, context: RunContext, journal: Journal, there: str | None, *, why: str) -> None:
+    """The data do not allow an optional stage: whoever reads its output is to take none, and the journal says why."""
+    journal.leave_out(stage, why)
+    context.left_out.add(stage.out)
+    if stage.out == SELECTION and there is not None and journal.is_made(stage, there):
+        (context.out / SELECTION).unlink()  # of other settings; whoever reads the concepts would take it
+    journal.write()
 
-    may_replace : a run made what is there, or --overwrite was given
+
+def _run_stage(stage: Stage, context: RunContext, *, may_replace: bool) -> Report:
+    """Do a stage. What a run made with other settings is replaced, once the new output is complete.
+
+    may_replace : a run made what is there, or --overwrite was given; what somebody made by hand is refused else
     """
     try:
-        return stage.do(shop, False)
+        return stage.do(context, False)
     except SpecMismatch as error:
-        place = shop.out / stage.out
-        if not place.exists() or not shop.shard.is_only:
+        place = context.out / stage.out
+        if not place.exists() or not context.shard.is_only:
             raise
         if may_replace:
-            return stage.do(shop, True)
+            return stage.do(context, True)
         if not isinstance(error, OtherSettings):
             raise
         said = str(error).split("; ")[0]
         raise OtherSettings(
-            f"{said}; it was not made by cyto run, which would replace it: write its settings into {shop.out / FILE}, "
-            f"move it elsewhere, or add --overwrite"
+            f"{said}; it was not made by cyto run, which would replace it: write its settings into "
+            f"{context.out / FILE}, move it elsewhere, or add --overwrite"
         ) from None
 
 
-def _must_wait(stage: Stage, shop: Workshop, there: str | None) -> str:
+def _must_wait(stage: Stage, context: RunContext, there: str | None) -> str:
     """Of several shards the first does what cannot be shared; the others say so, and end."""
-    if stage.is_shared or shop.shard.index == 0 or there is not None:
+    if stage.is_shared or context.shard.index == 0 or there is not None:
         return ""
     return (
-        f"{shop.out}: shard {shop.shard} has done its share; {stage.name} is for shard 0 of {shop.shard.count}. "
-        f"Run the same commands again when it is done"
+        f"{context.out}: shard {context.shard} has done its share; {stage.name} is for shard 0 of "
+        f"{context.shard.count}. Run the same commands again when it is done"
     )
 
 

@@ -1,4 +1,7 @@
-"""The stages of a run: each is one call of another room's public function, and one command that does the same."""
+"""The stages of a run: each is one call of another room's public function, and one command that does the same.
+
+A stage is a step of `cyto run`, from extraction to atlas; `stage_one` below is what the steps need of cytocache.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -31,7 +34,7 @@ def _silent(done: int, total: int, state: str) -> None:
 
 
 @dataclass(kw_only=True)
-class Workshop:
+class RunContext:
     """What the stages of a run share: folder, images, machine."""
 
     out: Path
@@ -44,7 +47,7 @@ class Workshop:
     memory_limit: str = "2GiB"
     shard: Shard = ONE_WRITER
     # around the extraction: a context that says whether it is to stop after the chunk in flight
-    gently: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False)
+    graceful_stop: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False)
     download_progress: Progress = _silent
     progress: Progress = _silent  # of the stage at work
     resources: ExitStack = field(default_factory=ExitStack)
@@ -87,7 +90,7 @@ class Stage:
     inputs: tuple[str, ...]
     settings: Mapping[str, Any]
     command: tuple[str, ...]
-    do: Callable[[Workshop, bool], Report]
+    do: Callable[[RunContext, bool], Report]
     is_optional: bool = False
     is_shared: bool = False
 
@@ -137,7 +140,7 @@ def _to_latents(recipe: Recipe, out: Path, on: tuple[str, ...]) -> Iterator[Stag
             inputs=(CACHE,),
             settings=plain_values(settings),
             command=_train_command(settings, SAE_FOLDER, on),
-            do=lambda shop, overwrite: _train(shop, SAE_FOLDER, overwrite=overwrite),
+            do=lambda context, overwrite: _train(context, SAE_FOLDER, overwrite=overwrite),
         )
     elif sae == SAE_FOLDER:
         given = recipe.uses_sae
@@ -147,7 +150,7 @@ def _to_latents(recipe: Recipe, out: Path, on: tuple[str, ...]) -> Iterator[Stag
             inputs=(given,),
             settings={},
             command=words("sae import", given, "-o", SAE_FOLDER),
-            do=lambda shop, overwrite: _import_sae(shop, given, overwrite=overwrite),
+            do=lambda context, overwrite: _import_sae(context, given, overwrite=overwrite),
         )
     assume = bool(recipe.sae.get("assume_compatible"))
     yield Stage(
@@ -158,7 +161,7 @@ def _to_latents(recipe: Recipe, out: Path, on: tuple[str, ...]) -> Iterator[Stag
         command=words(
             "sae encode", CACHE, sae, "-o", LATENTS, *options({**recipe.encode, "assume_compatible": assume}), *on
         ),
-        do=lambda shop, overwrite: _encode(shop, sae, assume=assume, overwrite=overwrite),
+        do=lambda context, overwrite: _encode(context, sae, assume=assume, overwrite=overwrite),
         is_shared=True,
     )
 
@@ -234,7 +237,7 @@ def _analyses(recipe: Recipe, on: tuple[str, ...]) -> Iterator[Stage]:
             inputs=(CACHE,),
             settings=plain_values(settings),
             command=_train_command(settings, SECOND_SAE, on),
-            do=lambda shop, overwrite: _train(shop, SECOND_SAE, seed=seed, overwrite=overwrite),
+            do=lambda context, overwrite: _train(context, SECOND_SAE, seed=seed, overwrite=overwrite),
         )
         yield Stage(
             name="stability",
@@ -302,18 +305,18 @@ def _names(names: list[str]) -> list[str]:
 # --------------------------------------------------------------------------------------------------- the calls
 
 
-def _extract(shop: Workshop, overwrite: bool) -> Report:
-    with shop.gently() as stop:
-        done: Any = shop.stage_one.extract(
-            shop.images,
-            shop.path(CACHE),
-            extract_settings(shop.recipe, shop.out),
-            device=shop.device,
-            workers=shop.workers,
-            shard=shop.shard,
+def _extract(context: RunContext, overwrite: bool) -> Report:
+    with context.graceful_stop() as stop:
+        done: Any = context.stage_one.extract(
+            context.images,
+            context.path(CACHE),
+            extract_settings(context.recipe, context.out),
+            device=context.device,
+            workers=context.workers,
+            shard=context.shard,
             overwrite=overwrite,
-            progress=shop.progress,
-            download_progress=shop.download_progress,
+            progress=context.progress,
+            download_progress=context.download_progress,
             stop=stop,
         )
     found: Report = done
@@ -324,121 +327,125 @@ def _train_command(settings: Section, place: str, on: tuple[str, ...]) -> tuple[
     return words("sae train", CACHE, "-o", place, *training_options(settings, FILE), *on)
 
 
-def _train(shop: Workshop, place: str, *, overwrite: bool, seed: int | None = None) -> Report:
+def _train(context: RunContext, place: str, *, overwrite: bool, seed: int | None = None) -> Report:
     from cytosae import train
     from cytosae.training import training_line
 
-    config = shop.recipe.train_config
+    config = context.recipe.train_config
     return train(
-        [shop.path(CACHE)],
-        shop.path(place),
+        [context.path(CACHE)],
+        context.path(place),
         config if seed is None else replace(config, seed=seed),
-        device=shop.device,
+        device=context.device,
         overwrite=overwrite,
-        progress=lambda done, total, metrics: shop.progress(done, total, training_line(metrics)),
+        progress=lambda done, total, metrics: context.progress(done, total, training_line(metrics)),
     )
 
 
-def _import_sae(shop: Workshop, given: str, *, overwrite: bool) -> Report:
+def _import_sae(context: RunContext, given: str, *, overwrite: bool) -> Report:
     from cytosae.sae import import_sae
 
-    return import_sae(shop.path(given), shop.path(SAE_FOLDER), overwrite=overwrite)
+    return import_sae(context.path(given), context.path(SAE_FOLDER), overwrite=overwrite)
 
 
-def _encode(shop: Workshop, sae: str, *, assume: bool, overwrite: bool) -> Report:
+def _encode(context: RunContext, sae: str, *, assume: bool, overwrite: bool) -> Report:
     from cytosae import encode
 
     return encode(
-        shop.path(CACHE),
-        shop.path(sae),
-        shop.path(LATENTS),
-        **shop.recipe.encode,
+        context.path(CACHE),
+        context.path(sae),
+        context.path(LATENTS),
+        **context.recipe.encode,
         assume_compatible=assume,
-        device=shop.device,
-        shard=shop.shard,
+        device=context.device,
+        shard=context.shard,
         overwrite=overwrite,
-        progress=shop.progress,
+        progress=context.progress,
     )
 
 
-def _barcode(shop: Workshop, overwrite: bool) -> Report:
+def _barcode(context: RunContext, overwrite: bool) -> Report:
     from cytosae.barcodes import write_barcodes
 
     return write_barcodes(
-        shop.path(LATENTS),
-        shop.path(BARCODES),
-        shop.recipe.barcode_config,
-        client=shop.client,
+        context.path(LATENTS),
+        context.path(BARCODES),
+        context.recipe.barcode_config,
+        client=context.client,
         overwrite=overwrite,
-        progress=shop.progress,
+        progress=context.progress,
     )
 
 
-def _concepts(shop: Workshop, overwrite: bool) -> Report:
+def _concepts(context: RunContext, overwrite: bool) -> Report:
     from cytosae.concepts import concept_statistics
 
     done = concept_statistics(
-        shop.path(LATENTS),
-        shop.path(CONCEPTS),
-        shop.recipe.concept_config,
-        client=shop.client,
+        context.path(LATENTS),
+        context.path(CONCEPTS),
+        context.recipe.concept_config,
+        client=context.client,
         overwrite=overwrite,
-        progress=shop.progress,
+        progress=context.progress,
     )
     return replace(done, warning=None)  # "choose a threshold for the selection": the recipe has one
 
 
-def _select(shop: Workshop, overwrite: bool) -> Report:
+def _select(context: RunContext, overwrite: bool) -> Report:
     from cytosae.concepts import select_latents
 
-    return select_latents(shop.path(CONCEPTS), shop.recipe.selection_config, overwrite=overwrite)
+    return select_latents(context.path(CONCEPTS), context.recipe.selection_config, overwrite=overwrite)
 
 
-def _compare(section: Section, place: str, shop: Workshop, overwrite: bool) -> Report:
+def _compare(section: Section, place: str, context: RunContext, overwrite: bool) -> Report:
     from cytosae.compare import compare
 
     return compare(
-        shop.path(BARCODES), shop.path(place), compare_config(section), overwrite=overwrite, progress=shop.progress
+        context.path(BARCODES),
+        context.path(place),
+        compare_config(section),
+        overwrite=overwrite,
+        progress=context.progress,
     )
 
 
-def _probe(section: Section, place: str, shop: Workshop, overwrite: bool) -> Report:
+def _probe(section: Section, place: str, context: RunContext, overwrite: bool) -> Report:
     from cytosae.probe import probe
 
     return probe(
-        shop.path(BARCODES),
-        shop.path(place),
+        context.path(BARCODES),
+        context.path(place),
         probe_config(section),
-        caches=[shop.path(CACHE)],
-        sae=None if shop.recipe.uses_sae else shop.path(SAE_FOLDER),
-        workers=shop.workers,
+        caches=[context.path(CACHE)],
+        sae=None if context.recipe.uses_sae else context.path(SAE_FOLDER),
+        workers=context.workers,
         overwrite=overwrite,
-        progress=shop.progress,
-        token_progress=shop.progress,
+        progress=context.progress,
+        token_progress=context.progress,
     )
 
 
-def _stability(shop: Workshop, overwrite: bool) -> Report:
+def _stability(context: RunContext, overwrite: bool) -> Report:
     from cytosae.relations import write_stability
 
-    runs = [shop.path(SAE_FOLDER), shop.path(SECOND_SAE)]
-    return write_stability(runs, shop.path(STABILITY), overwrite=overwrite, progress=shop.progress)
+    runs = [context.path(SAE_FOLDER), context.path(SECOND_SAE)]
+    return write_stability(runs, context.path(STABILITY), overwrite=overwrite, progress=context.progress)
 
 
-def _build_atlas(shop: Workshop, overwrite: bool) -> Report:
+def _build_atlas(context: RunContext, overwrite: bool) -> Report:
     from cytosae.atlas import build_atlas
 
-    names = [f"{COMPARE}/{section['name']}" for section in shop.recipe.compare]
-    places = [shop.path(name) for name in names if name not in shop.left_out]
-    has_stability = _has_second_seed(shop.recipe) and STABILITY not in shop.left_out
-    stability = shop.path(STABILITY) if has_stability else None
-    evidence = {name: shop.path(name) for name in evidence_in(shop.out)}
+    names = [f"{COMPARE}/{section['name']}" for section in context.recipe.compare]
+    places = [context.path(name) for name in names if name not in context.left_out]
+    has_stability = _has_second_seed(context.recipe) and STABILITY not in context.left_out
+    stability = context.path(STABILITY) if has_stability else None
+    evidence = {name: context.path(name) for name in evidence_in(context.out)}
     return build_atlas(
-        shop.path(BARCODES),
-        shop.path(CONCEPTS),
-        [shop.path(LATENTS)],
-        shop.path(ATLAS),
-        shop.recipe.atlas_config,
+        context.path(BARCODES),
+        context.path(CONCEPTS),
+        [context.path(LATENTS)],
+        context.path(ATLAS),
+        context.recipe.atlas_config,
         comparisons=[place for place in places if find_header(place) is not None],
         stability=None if stability is None or find_header(stability) is None else stability,
         neighbours=evidence.get("neighbours"),
@@ -446,7 +453,7 @@ def _build_atlas(shop: Workshop, overwrite: bool) -> Report:
         score=evidence.get("score"),
         masks=evidence.get("masks"),
         names=evidence.get("names"),
-        stage_one=shop.stage_one,
+        stage_one=context.stage_one,
         overwrite=overwrite,
-        progress=shop.progress,
+        progress=context.progress,
     )

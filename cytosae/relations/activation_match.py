@@ -16,6 +16,7 @@ Images are drawn stratum by stratum, since a stratum with one image cannot be pe
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def match_latents(
         summary = dict(ResultStore(out, MATCH).header.summary or {})
         return MatchResult(out=out, summary=summary, was_complete=True)
     sides, strata, notes = read or _read(stores, config, ids, progress)
-    latents, matched, summary = _match(sides, strata, config, writer.parts, progress)
+    latents, matched, summary, chance = _match(sides, strata, config, writer.parts, progress)
     partner = {int(row["latent_a"]): row for row in matched}
     if sae_a is not None and sae_b is not None:
         notes += _add_cosines(matched, Path(sae_a), Path(sae_b), progress)
@@ -175,8 +176,8 @@ def match_latents(
     }
     writer.write_table("matches", pa.Table.from_pylist(matched, _MATCHES))
     writer.write_table("latents", latents)
-    plot_match([row["correlation"] for row in matched], summary["null"], summary["null_p99"], writer.root / "match")
-    del summary["null"]
+    correlations = [row["correlation"] for row in matched]
+    plot_match(correlations, chance.tolist(), summary["null_p99"], writer.root / "match")
     writer.finish(summary)
     return MatchResult(out=out, summary=summary)
 
@@ -272,7 +273,7 @@ def draw_images(
     return [np.array([each[name] for name in names], np.int64) for each in rows], numbers, notes
 
 
-def read_side(store: BarcodeStore, rows: Ints, strata: Ints, config: MatchConfig, progress: Any) -> Side:
+def read_side(store: BarcodeStore, rows: Ints, strata: Ints, config: MatchConfig, progress: Progress) -> Side:
     """The latents of one SAE that are active in enough of the drawn images, over these, centred, at norm 1.
 
     Raises
@@ -285,7 +286,7 @@ def read_side(store: BarcodeStore, rows: Ints, strata: Ints, config: MatchConfig
         raise BadInput(f"{store.root} has no layer 'mean' of images; count again with cyto barcode")
     order = np.argsort(rows, kind="stable")
     matrix = store.read_rows("image", rows[order], tau, layer="mean")
-    progress(len(rows), len(rows))
+    progress(len(rows), len(rows), "images")
     n_active = np.bincount(matrix.indices, minlength=matrix.shape[1])
     enough = np.flatnonzero(n_active >= config.min_images)
     if not len(enough):
@@ -334,10 +335,14 @@ def _read(
     """Both sides, the stratum of each image, and notes."""
     places, strata, notes = draw_images(stores, config, ids)
     sides = [
-        read_side(store, rows, strata, config, lambda done, total, n=n: progress(n * total + done, 2 * total, "images"))
+        read_side(store, rows, strata, config, partial(_tell_half, progress, n))
         for n, (store, rows) in enumerate(zip(stores, places, strict=True))
     ]
     return sides, strata, notes
+
+
+def _tell_half(progress: Progress, number: int, done: int, total: int, state: str) -> None:
+    progress(number * total + done, 2 * total, "images")
 
 
 def _kept_matching(a: Rows, b: Rows, keep: Keep, name: str, progress: Progress) -> Matching:
@@ -349,11 +354,65 @@ def _kept_matching(a: Rows, b: Rows, keep: Keep, name: str, progress: Progress) 
     return Matching(**kept | {"bound": float(kept["bound"])})
 
 
+@dataclass(frozen=True)
+class _Null:
+    """What is found where the images of B are permuted within strata."""
+
+    correlations: Floats  # of the pairs matched in the first permutation
+    p: list[Floats]  # of each latent of A, and of B: how often its best correlation is at least as large
+
+    @property
+    def p99(self) -> float:
+        """A correlation above it is one that chance hardly gives."""
+        return float(np.quantile(self.correlations, 0.99, method="higher")) if len(self.correlations) else 0.0
+
+
 def _match(
     sides: Sequence[Side], strata: Ints, config: MatchConfig, parts: KeptParts, progress: Progress
-) -> tuple[pa.Table, list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[pa.Table, list[dict[str, Any]], dict[str, Any], Floats]:
+    """Table of all latents, rows of the matched pairs, summary, and the correlations that chance gives."""
     a, b = sides
     found = _kept_matching(a.rows, b.rows, parts, "match", lambda done, total, state: progress(done, total, "match"))
+    null = _permuted(found, sides, strata, config, parts, progress)
+    pairs = _pair_rows(found, sides, strata, null)
+    best = (found.best_of_a, found.best_of_b)
+    q = [false_discovery_control(values) for values in null.p]
+    table = pa.concat_tables(
+        pa.table(
+            {
+                "sae": ["ab"[number]] * len(side.latents),
+                "latent": side.latents,
+                "n_images": side.n_active,
+                "best_correlation": best[number],
+                "p": null.p[number],
+                "q": q[number],
+            }
+        )
+        for number, side in enumerate(sides)
+    )
+    n_smaller = min(len(side.latents) for side in sides)
+    n_counterparts = sum(bool(pair["is_counterpart"]) for pair in pairs)
+    summary = {
+        "n_latents": [side.n_latents for side in sides],
+        "n_compared": [len(side.latents) for side in sides],
+        "n_matched": len(pairs),
+        "n_counterparts": n_counterparts,
+        "share": n_counterparts / n_smaller,
+        "mean_correlation": float(found.cosine.sum()) / n_smaller,
+        "null_mean_correlation": float(null.correlations.sum()) / n_smaller,
+        "null_p99": null.p99,
+        "n_q_at_most_0.05": [int((values <= 0.05).sum()) for values in q],
+        "p_floor": 1 / (1 + config.n_permutations),
+        "is_optimal": found.is_optimal,
+    }
+    return table, pairs, summary, null.correlations
+
+
+def _permuted(
+    found: Matching, sides: Sequence[Side], strata: Ints, config: MatchConfig, parts: KeptParts, progress: Progress
+) -> _Null:
+    """The null, kept from time to time: an interrupted command goes on from there."""
+    a, b = sides
     rng = np.random.default_rng([config.seed, 1])
     n_as_large = [np.ones(len(side.latents), np.int64) for side in sides]
     null: Floats = np.empty(0)
@@ -379,18 +438,22 @@ def _match(
             counts = dict(zip("ab", n_as_large, strict=True))
             state.write({"done": np.array([number + 1]), **counts, "null": null})
         progress(number + 1, config.n_permutations, "permutations")
-    p = [count / (1 + config.n_permutations) for count in n_as_large]
-    p99 = float(np.quantile(null, 0.99, method="higher")) if len(null) else 0.0
-    rows = np.flatnonzero(found.partner >= 0)
-    within = _within_correlation(a.rows, b.rows, rows, found.partner[rows], strata)
-    q = false_discovery_control(p[0])
-    matched = [
+    return _Null(null, [count / (1 + config.n_permutations) for count in n_as_large])
+
+
+def _pair_rows(found: Matching, sides: Sequence[Side], strata: Ints, null: _Null) -> list[dict[str, Any]]:
+    """A row for each matched pair, in the order of A; decoder cosines are added later."""
+    a, b = sides
+    of_a = np.flatnonzero(found.partner >= 0)
+    within, p99 = _within_correlation(a.rows, b.rows, of_a, found.partner[of_a], strata), null.p99
+    p, q = null.p[0], false_discovery_control(null.p[0])
+    return [
         {
             "latent_a": int(a.latents[at]),
             "latent_b": int(b.latents[found.partner[at]]),
             "correlation": float(found.cosine[at]),
             "within_correlation": float(inside),
-            "p": float(p[0][at]),
+            "p": float(p[at]),
             "q": float(q[at]),
             "is_counterpart": bool(found.cosine[at] > p99),
             "n_images_a": int(a.n_active[at]),
@@ -398,37 +461,8 @@ def _match(
             "cosine": None,
             "is_nearest_by_decoder": None,
         }
-        for at, inside in zip(rows.tolist(), within.tolist(), strict=True)
+        for at, inside in zip(of_a.tolist(), within.tolist(), strict=True)
     ]
-    table = pa.concat_tables(
-        pa.table(
-            {
-                "sae": ["ab"[number]] * len(side.latents),
-                "latent": side.latents,
-                "n_images": side.n_active,
-                "best_correlation": best,
-                "p": values,
-                "q": false_discovery_control(values),
-            }
-        )
-        for number, (side, best, values) in enumerate(zip(sides, (found.best_of_a, found.best_of_b), p, strict=True))
-    )
-    n_smaller = min(len(side.latents) for side in sides)
-    n_counterparts = sum(bool(row["is_counterpart"]) for row in matched)
-    return table, matched, {
-        "n_latents": [side.n_latents for side in sides],
-        "n_compared": [len(side.latents) for side in sides],
-        "n_matched": len(matched),
-        "n_counterparts": n_counterparts,
-        "share": n_counterparts / n_smaller,
-        "mean_correlation": float(found.cosine.sum()) / n_smaller,
-        "null_mean_correlation": float(null.sum()) / n_smaller,
-        "null_p99": p99,
-        "n_q_at_most_0.05": [int((false_discovery_control(values) <= 0.05).sum()) for values in p],
-        "p_floor": 1 / (1 + config.n_permutations),
-        "is_optimal": found.is_optimal,
-        "null": null.tolist(),
-    }  # fmt: skip
 
 
 def permute_within(strata: Ints, rng: np.random.Generator) -> Ints:

@@ -29,7 +29,7 @@ from cytosae.pipeline import RunConfig, RunPlan, read_recipe
 from cytosae.pipeline.journal import Journal
 from cytosae.pipeline.recipe import extract_settings, recipe_text, write_recipe
 from cytosae.pipeline.run import _grouped
-from cytosae.pipeline.stages import Stage, Workshop, evidence_in
+from cytosae.pipeline.stages import RunContext, Stage, evidence_in
 from stores import ActivationStore, begin_results
 from stores.errors import BadInput, SpecMismatch
 from stores.shards import Shard
@@ -43,7 +43,7 @@ pytestmark = [
 ]
 
 
-def _nothing(shop: Workshop, overwrite: bool) -> Report:
+def _nothing(context: RunContext, overwrite: bool) -> Report:
     raise NotImplementedError  # the stages of these tests are compared and shown, never run
 
 
