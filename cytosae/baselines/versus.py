@@ -1,4 +1,4 @@
-"""What an SAE has more than baselines, on the same held-out tokens: `cyto sae versus`.
+"""By how much an SAE beats baselines on the same held-out tokens: `cyto sae versus`.
 
 For each SAE one pass over the images (measure.py), and its figures on the same bootstrap draws of patients or images
 (figures_of_draws.py): a difference is taken draw by draw, so its interval is a paired one. Intervals of label purities
@@ -40,14 +40,14 @@ from . import costs
 from .config import VersusConfig
 from .figures import plot_differences
 from .figures_of_draws import METRICS, PURITIES, SHUFFLES, figures_of_draws, purity_without
-from .measure import Floats, Ints, measure_images
+from .measure import Floats, ImageSums, Ints, measure_images
 from .reference import kind_of
 from .report import VersusResult, lead_not_of_learning
 
 JUDGED = ("explained_variance", "label_purity_above_chance")  # more is better; the others are shown beside them
 # figures whose draws lie elsewhere than the figure, as they have fewer distinct images; purities have no draws
 MOVED = ("dead_share",)
-_MOST_BLOCKS = 50  # of groups that are left out together, for the intervals of purities
+_MOST_LEFT_OUT = 50  # of groups that are left out together, for the intervals of purities
 _RANDOM = "random"
 _DRAWN_KINDS = (_RANDOM, "tokens", "frozen-decoder", "frozen-encoder")
 _FEW_GROUPS = 20
@@ -146,36 +146,17 @@ def compare_with_baselines(
     writer.watch(*(each.header for each in members), *(each.store.header for each in members))
     per_image = len(chosen_tokens(token_set, store.spec.layout))
     say(_plan(members, len(images.rows[0]), per_image, config, device))
-    rng = np.random.default_rng([config.seed, 1])
     n_groups = int(groups.max()) + 1
-    drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), config.draws).astype(np.float64)
-    weights = np.vstack([np.ones(n_groups), drawn])[:, groups]
-    shuffled = _shuffled(labels, groups, config.seed)
-    blocks = left_out_together(groups, n_groups, config.seed)
-    found: list[dict[str, Floats]] = []
-    without: list[dict[str, Floats]] = []
+    resampling = _resample(labels, groups, n_groups, config)
+    draws, without = [], []
     for number, (member, rows) in enumerate(zip(members, images.rows, strict=True)):
-        name, name_without = f"draws_{number:03d}", f"without_{number:03d}"
-        known, left = _kept(writer, name, METRICS), _kept(writer, name_without, PURITIES)
-        if known is None or left is None:
-            sae = load_sae(member.run, device=device)
-            state = f"{member.kind}, {number + 1} of {len(members)}"
-            sums = measure_images(
-                sae.model,
-                member.store,
-                rows,
-                token_set=token_set,
-                device=device,
-                progress=partial(_tell, progress, state),
-            )
-            known = figures_of_draws(sums, weights, labels, shuffled, least_images=config.least_images)
-            left = purity_without(sums, labels, shuffled, blocks, least_images=config.least_images)
-            writer.write_table(name, pa.table({"draw": np.arange(len(weights)), **known}))
-            writer.write_table(name_without, pa.table({"left_out": np.arange(len(left[PURITIES[0]])), **left}))
-        found.append(known)
-        without.append(left)
-    differences = _differences(members, found, without, config, n_groups)
-    measured = [_row(*each, n_groups) for each in zip(members, found, without, strict=True)]
+        tell = partial(_tell, progress, f"{member.kind}, {number + 1} of {len(members)}")
+        measure = partial(_measure, member, rows, token_set=token_set, device=device, progress=tell)
+        figures = _figures_of(number, measure, resampling, writer)
+        draws.append(figures[0])
+        without.append(figures[1])
+    differences = _differences(members, draws, without, config, n_groups)
+    measured = [_row(*each, n_groups) for each in zip(members, draws, without, strict=True)]
     writer.write_table("saes", pa.Table.from_pylist(measured))
     writer.write_table("differences", pa.Table.from_pylist(differences))
     plot_differences([row for row in differences if row["metric"] in JUDGED], writer.root / "differences")
@@ -192,6 +173,51 @@ def compare_with_baselines(
     }
     writer.finish({"result": summary})
     return _result(out, was_complete=False)
+
+
+@dataclass(frozen=True)
+class _Resampling:
+    """How figures vary over patients (or images), and what chance gives."""
+
+    labels: Ints  # of each image; -1: none
+    shuffled: Ints  # (shuffles, images) shuffled from patient to patient: the null of purities
+    weights: Floats  # (1 + draws, images): all once, then how often the bootstrap draws the image's patient
+    left_out_with: Ints  # of each image, the number of what is left out together
+    least_images: int
+
+
+def _resample(labels: Ints, groups: Ints, n_groups: int, config: VersusConfig) -> _Resampling:
+    rng = np.random.default_rng([config.seed, 1])
+    drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), config.draws).astype(np.float64)
+    return _Resampling(
+        labels=labels,
+        shuffled=_shuffled(labels, groups, config.seed),
+        weights=np.vstack([np.ones(n_groups), drawn])[:, groups],
+        left_out_with=left_out_together(groups, n_groups, config.seed),
+        least_images=config.least_images,
+    )
+
+
+def _measure(member: _Member, rows: Ints, *, token_set: str, device: str, progress: Progress) -> ImageSums:
+    """What an SAE makes of each of the images."""
+    model = load_sae(member.run, device=device).model
+    return measure_images(model, member.store, rows, token_set=token_set, device=device, progress=progress)
+
+
+def _figures_of(
+    number: int, measure: Callable[[], ImageSums], resampling: _Resampling, writer: ResultWriter
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Figures of each draw, and purities with some left out; what an interrupted command has written is taken."""
+    name, name_without = f"draws_{number:03d}", f"without_{number:03d}"
+    draws, without = _kept(writer, name, METRICS), _kept(writer, name_without, PURITIES)
+    if draws is not None and without is not None:
+        return draws, without
+    sums, by = measure(), resampling
+    draws = figures_of_draws(sums, by.weights, by.labels, by.shuffled, least_images=by.least_images)
+    without = purity_without(sums, by.labels, by.shuffled, by.left_out_with, least_images=by.least_images)
+    writer.write_table(name, pa.table({"draw": np.arange(len(by.weights)), **draws}))
+    writer.write_table(name_without, pa.table({"left_out": np.arange(len(without[PURITIES[0]])), **without}))
+    return draws, without
 
 
 def _open_member(run: Path, store: ActivationStore, is_untrained: bool, assume_compatible: bool) -> _Member:
@@ -279,10 +305,10 @@ def _shuffled(labels: Ints, groups: Ints, seed: int) -> Ints:
 
 def left_out_together(groups: Ints, n_groups: int, seed: int) -> Ints:
     """(n,) numbers from 0 of what is left out together: a group; at random several, so that there are at most 50."""
-    if n_groups <= _MOST_BLOCKS:
+    if n_groups <= _MOST_LEFT_OUT:
         return groups
-    blocks: Ints = np.random.default_rng([seed, 3]).permutation(n_groups)[groups] % _MOST_BLOCKS
-    return blocks
+    numbers: Ints = np.random.default_rng([seed, 3]).permutation(n_groups)[groups] % _MOST_LEFT_OUT
+    return numbers
 
 
 def _kept(writer: ResultWriter, name: str, columns: Sequence[str]) -> dict[str, Floats] | None:
@@ -323,7 +349,7 @@ def interval_without(observed: float, without: Floats) -> tuple[float | None, fl
     """95% limits from the figure without each block of groups (a jackknife, Miller 1974); None with fewer than two.
 
     For purities: a bootstrap draw has fewer distinct images than there are, which moves a purity by more than its
-    interval is wide, and how much of that is its own bias is not known. Leaving out a block moves it hardly.
+    interval is wide, and how much of that is its own bias is not known. Leaving one block out hardly moves it.
     """
     figure = np.array([[observed, *without]])
     return interval_of_difference(figure, np.zeros_like(figure))
