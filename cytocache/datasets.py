@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from stores.errors import BadInput, CytoError
 from stores.spec import FORMATS, find_header, read_object
-from stores.tables import column, image_table, listed, read_table_file
+from stores.tables import column, image_table, listed, read_table_file, warn_of_names_alike
 from stores.wording import counted, printable
 
 from .archive_member import BadArchive
@@ -173,6 +173,7 @@ def _list_folder(folder: Path, suffixes: Sequence[str]) -> Images:
         )
     labels: list[str | None] = [path.split("/")[0] if "/" in path else None for path in found]
     paths: list[str | None] = [*found]
+    warn_of_names_alike(labels, "folders", folder)
     name = os.fsencode(folder.resolve().name).decode(errors="replace")  # a table holds UTF-8 only
     table = image_table({"path": paths, "label": labels}, source=str(folder), dataset=name)
     remarks: tuple[str, ...] = ()
@@ -193,6 +194,7 @@ def _list_folder(folder: Path, suffixes: Sequence[str]) -> Images:
 def _of_archives(found: Archived, source: Path) -> Images:
     name = found.root.name if found.root.is_dir() else without_suffix(found.root.name)
     paths: list[str | None] = [*found.paths]
+    warn_of_names_alike(found.labels, "classes", found.root)
     table = image_table({"path": paths, "label": found.labels}, source=str(source), dataset=name)
     return Images(
         table,

@@ -301,22 +301,22 @@ def _with_our_names(table: pa.Table, path: Path) -> pa.Table:
         if name in _WHOLE_NUMBERS and any(cells) and all(_WHOLE.fullmatch(cell) for cell in cells if cell):
             cells[:] = [cell and cell.split(".")[0] for cell in cells]
     for name in [each for each in _NAMES_OF_GROUPS if each in columns]:
-        if alike := _alike(columns[name]):
-            what = f"names in {name!r} that differ only in case, blanks or the coding of letters are taken as several"
-            _log.warning("%s: %s: %s", path, what, alike)
+        warn_of_names_alike(columns[name], f"names in {name!r}", path)
     if n_missing:
         told = listed([f"{n:,} in {name!r}" for name, n in n_missing.items()], limit=10)
         _log.warning("%s: cells that say NA, NaN, NULL, None, '.', '-' or the like are empty: %s", path, told)
     return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
 
 
-def _alike(cells: Iterable[str | None]) -> str:
-    """Names that are most likely one, in words: `'AML' and 'aml'`; empty if there are none."""
+def warn_of_names_alike(cells: Iterable[str | None], what: str, place: Path) -> None:
+    """Say which names are most likely one, such as AML and aml: they stay several."""
     spellings: dict[str, list[str]] = {}
     for name in dict.fromkeys(cells):
         if name is not None:
             spellings.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
-    return listed([" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1])
+    if alike := [" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1]:
+        how = "that differ only in case, blanks or the coding of letters are taken as several"
+        _log.warning("%s: %s %s: %s", place, what, how, listed(alike))
 
 
 _WHOLE = re.compile(r"\d+(\.0+)?")
@@ -344,7 +344,7 @@ def _read_csv(path: Path) -> pa.Table:
             header = ["", *header]
     for number, row in body:
         if len(row) < len(header) or any(row[len(header) :]):
-            raise BadInput(f"row {number} of {path} has {len(row)} fields, the header has {len(header)}")
+            raise BadInput(f"line {number} of {path} has {len(row)} fields, the header has {len(header)}")
     if header and not header[0] and len(header) > 1:  # also R's write.csv, and pandas' index
         _log.warning("%s: the first column has no name and is left out: row names of R or pandas", path)
         header, body = header[1:], [(number, row[1:]) for number, row in body]

@@ -114,5 +114,5 @@ def _folds(y: Ints, owner: Ints, there: Ints, n_owners: int, n_classes: int, see
             return fold_of
     raise BadInput(
         f"the {len(y):,} labelled images of {len(there):,} patients cannot be divided so that every class is in the "
-        f"training of each fold; take a column with fewer classes, or more images: --sample"
+        f"training of each fold; take a column with fewer classes, or more images: --probe-images, --sample"
     )

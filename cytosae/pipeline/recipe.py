@@ -230,7 +230,7 @@ def checked_section(name: str, values: Mapping[str, Any], source: str) -> Sectio
 
 def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
     if not fits_hint(value, hint):
-        words = getattr(hint, "__name__", str(hint)).replace(" | None", "")
+        words = getattr(hint, "__name__", str(hint)).replace(" | None", "").replace("tuple", "a list, [...]")
         raise BadInput(f"{source}: {name} must be {words}; found {value!r}")
     if isinstance(value, list):
         return tuple(float(each) if isinstance(each, int) and "float" in str(hint) else each for each in value)

@@ -239,6 +239,8 @@ def _query(
     progress: Progress,
 ) -> Query:
     if collection.find(str(image)) is not None:
+        if sae is not None or weights is not None:
+            raise BadInput(f"{image} is an image of the barcodes: --sae and --weights are for a file, leave them out")
         if config.patches:
             return region_query(collection, str(image), latents, config.patches)
         return stored_query(collection, str(image), config.ways)
@@ -248,6 +250,8 @@ def _query(
             f"no image {str(image)!r} in {collection.store.root}, and no file of this name; expected a value of the "
             f"column image_id, such as {collection.ids[0]!r}, or an image file"
         )
+    if config.other_patients:
+        raise BadInput(f"{file} is a file, which is of no patient of the barcodes: leave --other-patients out")
     if sae is None or not latents:
         raise BadInput(f"{file} is in no store: give --latents and --sae, so that it is encoded as the others were")
     return file_query(

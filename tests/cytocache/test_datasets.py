@@ -43,6 +43,16 @@ class TestFolder:
         assert _column(images, "patient") == [None] * 5
         assert (images.root, images.n_skipped) == (root, 0)
 
+    def test_classes_that_are_most_likely_one_are_told_and_stay(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for name in ("BAS/1.png", "bas/1.png", "EOS/1.png", "top.png"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
+        assert open_images(tmp_path).table["label"].to_pylist() == ["BAS", "EOS", "bas", None]
+        assert "folders that differ only in case, blanks or the coding of letters are taken as several" in caplog.text
+        assert caplog.text.count("'BAS' and 'bas'") == 1
+
     def test_two_levels_as_in_bmc_take_the_first_folder_as_label(self, tmp_path: Path) -> None:
         _touch(tmp_path, "BLA/0001-1000/BLA_0001.jpg", "BLA/1001-2000/BLA_1001.jpg", "ART/ART_0001.jpg")
         images = open_images(tmp_path)

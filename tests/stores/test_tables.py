@@ -79,8 +79,8 @@ def test_a_csv_file_is_read_as_strings(text: str | bytes, expected: dict[str, An
     ("text", "message"),
     [
         ("", "images.csv is empty; expected a header line with a column 'path'"),
-        ("path,label\na.png,x\nb.png\n", "row 3 of .*images.csv has 1 fields, the header has 2"),
-        ("path\na.png\n\nb, c.png\n", "row 4 of .*images.csv has 2 fields, the header has 1"),
+        ("path,label\na.png,x\nb.png\n", "line 3 of .*images.csv has 1 fields, the header has 2"),
+        ("path\na.png\n\nb, c.png\n", "line 4 of .*images.csv has 2 fields, the header has 1"),
         ("path,label,label\na.png,x,y\n", "has two columns 'label'"),
         ("path,label, label\na.png,x,y\n", "has two columns 'label'"),
         ("path,,label\na.png,x,y\n", "has a column without name"),

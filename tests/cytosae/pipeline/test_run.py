@@ -294,6 +294,9 @@ def test_refusals_are_one_line(copied: Path, tmp_path: Path) -> None:
     settings = {"probe": {"image-label": {"seed": "x"}}}
     with pytest.raises(BadInput, match=r"--set: probe.seed must be int; found 'x'"):
         run_small(tmp_path / "none.csv", tmp_path / "new", config=RunConfig(settings=settings))
+    settings = {"probe": {"image-label": {"classes": "AML"}}}
+    with pytest.raises(BadInput, match=r"--set: probe.classes must be a list, \[...\]; found 'AML'"):
+        run_small(tmp_path / "none.csv", tmp_path / "new", config=RunConfig(settings=settings))
     with pytest.raises(BadInput, match=r"--memory-limit must be a size like 2GiB; found 'lots'"):
         run_small(table, tmp_path / "new", memory_limit="lots", dry_run=True)  # not after hours of training
     (tmp_path / "thesis" / "cells.sae").mkdir(parents=True)

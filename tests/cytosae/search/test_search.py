@@ -292,6 +292,10 @@ def test_a_file_is_found_as_its_own_image(made: Path, counted: Path, tmp_path: P
         assert a["similarity"] == pytest.approx(b["similarity"], abs=2e-3)
     with pytest.raises(BadInput, match="give --latents and --sae"):
         search_cells(counted, path)
+    with pytest.raises(BadInput, match=r"is an image of the barcodes: --sae and --weights are for a file"):
+        search_cells(counted, name, config, sae=made / "run")
+    with pytest.raises(BadInput, match=r"is of no patient of the barcodes: leave --other-patients out"):
+        search_cells(counted, path, SearchConfig(other_patients=True))
     search_cells(
         counted, name, config, out=tmp_path / "out", latents=[made / "latents.zarr"], stage_one=cytocache.bridge
     )
