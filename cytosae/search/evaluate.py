@@ -1,7 +1,8 @@
 """Does a search find cells of the same type? Precision at k for labels, beside the backbone's tokens and chance.
 
 Images are drawn by lot and looked for among all others. Images of the same patient never count: they were stained,
-photographed and chosen together. `other datasets`: only images of other datasets count, which asks whether latents mean
+photographed and chosen together. Nor do copies of the query, images with the same bytes: to find them is no skill.
+`other datasets`: only images of other datasets count, which asks whether latents mean
 the same where the laboratory differs. Only images with a label are listed, so that a missing label is no error.
 Intervals: patients of the queries are drawn anew.
 """
@@ -20,6 +21,7 @@ from stores.errors import BadInput
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import SEARCH
+from stores.wording import counted
 
 from .config import BARCODE, FINGERPRINT, LABELS, OF_LATENTS, TOKENS, SearchEvaluationConfig
 from .figures import plot_precision
@@ -104,13 +106,13 @@ def evaluate_search(
                     some = numbers >= 0
                     lists.add(way, numbers[some], np.ascontiguousarray(rows[some] @ units.T))
     hits = lists.hits()
-    table = describe(collection, queries, hits, config)
+    table = describe(collection, queries, hits, lists.copies, config)
     if not table:
         raise BadInput(f"{barcodes}: no image that was drawn has a type that another patient's image has, too")
     writer.write_table("precision", pa.Table.from_pylist(table))
     writer.write_table("queries", _query_table(collection, queries, hits, config))
     plot_precision(table, writer.root / "precision")
-    notes = _notes(collection, hits)
+    notes = _notes(collection, hits, sum(map(len, lists.copies)))
     writer.finish({"mode": "evaluation", "n_queries": len(queries), "n_images": _n_images(collection), "notes": notes})
     return SearchEvaluation(
         out=out, n_queries=len(queries), n_images=_n_images(collection), rows=table, notes=tuple(notes)
@@ -172,18 +174,32 @@ def query_vectors(collection: Collection, way: str, queries: Ints, config: Searc
     return found
 
 
+def copies_of(collection: Collection, queries: Ints) -> list[list[int]]:
+    """For each query the other images with the same bytes."""
+    hashes = collection.columns["content_hash"]
+    alike: dict[str, list[int]] = {str(hashes[query]): [] for query in queries if hashes[query] != ""}
+    for number, content in enumerate(hashes.tolist()):
+        if content in alike:
+            alike[content].append(number)
+    return [[n for n in alike.get(str(hashes[query]), []) if n != query] for query in queries.tolist()]
+
+
 class _Lists:
     """The nearest images of every query: for each way, column of labels, and scope."""
 
     def __init__(self, collection: Collection, queries: Ints, n: int) -> None:
         self._collection, self._queries, self._n = collection, queries, n
+        self.copies = copies_of(collection, queries)
         self._columns = [
             name for name in LABELS if name in collection.columns and (collection.columns[name] != "").any()
         ]
         self._found: dict[tuple[str, str, str], tuple[Float32s, Ints]] = {}
 
     def add(self, way: str, numbers: Ints, scores: Float32s) -> None:
-        """Scores of some images, (images, queries)."""
+        """Scores of some images, (images, queries), which are changed: those of copies become minus infinity."""
+        for place, copies in enumerate(self.copies):
+            if copies:
+                scores[np.isin(numbers, copies), place] = -np.inf
         least = 0 if way in LAYERS else -np.inf  # no latent in common: not listed
         owners = {SCOPES[0]: self._collection.patient_of, SCOPES[1]: self._collection.dataset_of}
         for column in self._columns:
@@ -211,6 +227,7 @@ def describe(
     collection: Collection,
     queries: Ints,
     hits: dict[tuple[str, str, str], npt.NDArray[np.int8]],
+    copies: Sequence[Sequence[int]],
     config: SearchEvaluationConfig,
 ) -> list[dict[str, Any]]:
     """A row for each column, scope, way and k.
@@ -223,7 +240,7 @@ def describe(
     rng_seed = [config.seed, 1]
     for column, scope in dict.fromkeys((key[1], key[2]) for key in hits):
         labels = collection.columns[column]
-        chance, n_eligible = _chance(collection, queries, column, scope)
+        chance, n_eligible = _chance(collection, queries, copies, column, scope)
         counts = np.flatnonzero((labels[queries] != "") & (chance > 0))
         if not len(counts):
             continue
@@ -278,7 +295,7 @@ def _interval(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64])
 
 
 def _chance(
-    collection: Collection, queries: Ints, column: str, scope: str
+    collection: Collection, queries: Ints, copies: Sequence[Sequence[int]], column: str, scope: str
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """(queries,) share of the eligible images that have the query's label: the precision by lot; their number."""
     labels = collection.columns[column]
@@ -288,7 +305,7 @@ def _chance(
     n_of = np.bincount(code[eligible], minlength=code.max() + 1)
     shares, n_eligible = np.zeros(len(queries)), np.zeros(len(queries), np.int64)
     for place, query in enumerate(queries):
-        own = eligible[owner[eligible] == owner[query]]
+        own = eligible[(owner[eligible] == owner[query]) | np.isin(eligible, copies[place])]
         left = len(eligible) - len(own)
         shares[place] = (n_of[code[query]] - (code[own] == code[query]).sum()) / left if left else 0
         n_eligible[place] = left
@@ -318,8 +335,10 @@ def _query_table(
     return pa.Table.from_pylist(rows)
 
 
-def _notes(collection: Collection, hits: dict[tuple[str, str, str], Any]) -> list[str]:
+def _notes(collection: Collection, hits: dict[tuple[str, str, str], Any], n_copies: int) -> list[str]:
     found = []
+    if n_copies:
+        found.append(f"{counted(n_copies, 'image')} with the same bytes as a query, which do not count for it")
     n_alone = sum(not name for name, _ in collection.patients)
     if n_alone:
         found.append(f"{n_alone:,} images have no patient; each counts as a patient of its own")

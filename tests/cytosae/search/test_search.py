@@ -192,8 +192,9 @@ def test_the_planted_type_is_found(cells: Cells, barcodes: Path) -> None:
 @pytest.mark.stress
 def test_precision_equals_a_sort_of_all_similarities(cells: Cells, barcodes: Path, tmp_path: Path) -> None:
     images = cells[3]
-    config = SearchEvaluationConfig(n_queries=12, at=(1, 7), n_bootstraps=50)
+    config = SearchEvaluationConfig(n_queries=12, at=(1, 7), n_bootstraps=50, seed=3)  # draws i020, a copy of i000
     done = evaluate_search(barcodes, tmp_path / "out", config)
+    assert "1 image with the same bytes as a query, which do not count for it" in done.notes
     queries = ResultStore(tmp_path / "out", SEARCH).table("queries").to_pylist()
     assert len({row["image_id"] for row in queries}) == done.n_queries == 12
     names, labels = [*images.index], images["label_common"].tolist()
@@ -208,7 +209,8 @@ def test_precision_equals_a_sort_of_all_similarities(cells: Cells, barcodes: Pat
         query = names.index(row["image_id"])
         values = similarities(cells, query, 32, True)[row["by"]]
         owner = owners[row["scope"]]
-        others = [n for n in range(240) if n != 7 and owner[n] != owner[query]]
+        content = images["content_hash"].tolist()
+        others = [n for n in range(240) if n != 7 and owner[n] != owner[query] and content[n] != content[query]]
         order = sorted((n for n in others if values[n] > 0), key=lambda n: -values[n])
         assert row["n_same_at_7"] == sum(labels[n] == labels[query] for n in order[:7])
         if row["by"] == "barcode":
@@ -239,6 +241,25 @@ def test_where_fewer_images_exist_than_k_precision_is_that_of_all_of_them(tmp_pa
         chance = next(row["chance"] for row in done.rows if row["column"] == "label_common")
         assert rows["label_common", way, 20] == pytest.approx(chance)  # all that there are, in whatever order
         assert rows["label_common", way, 10] == pytest.approx(chance)
+
+
+def test_a_copy_under_another_patient_is_no_hit(tmp_path: Path) -> None:
+    """Each cell stands in the table twice, under two patients: all are found at once, and it says nothing."""
+    maxima, means, counts, images = draw_cells(n_images=40)
+    images["label"] = images["label_common"] = [f"type {n % 20}" for n in range(40)]  # only the copy has its label
+    images["dataset"], images["patient"] = "set0", [f"P{n}" for n in range(40)]
+    images["content_hash"] = [f"{n % 20:064x}" for n in range(40)]
+    maxima, means, counts = (np.vstack([each[:20], each[:20]]) for each in (maxima, means, counts))
+    folder = write_search_barcodes(tmp_path / "twice.barcodes", maxima, means, counts, images)
+    with pytest.raises(BadInput, match="no image that was drawn has a type that another patient's image has, too"):
+        evaluate_search(folder, tmp_path / "out", SearchEvaluationConfig(n_bootstraps=50))
+    images["label"] = images["label_common"] = [f"type {n % 10}" for n in range(40)]
+    folder = write_search_barcodes(tmp_path / "again.barcodes", maxima, means, counts, images)
+    done = evaluate_search(folder, tmp_path / "again", SearchEvaluationConfig(n_bootstraps=50, at=(1,)))
+    assert done.notes[0] == "40 images with the same bytes as a query, which do not count for it"
+    assert [row["chance"] for row in done.rows] == pytest.approx([2 / 38] * len(done.rows))
+    barcode = next(row for row in done.rows if row["by"] == "barcode" and row["column"] == "label")
+    assert barcode["precision"] < 1
 
 
 @pytest.mark.stress
