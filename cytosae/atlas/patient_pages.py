@@ -151,9 +151,11 @@ def _odd(frames: Frames, cells: PatientCells, disease: str) -> list[dict[str, An
         ("Least typical for their type", ("least-typical", "Least typical"), own, cells.atypical),
         ("Unlike the others of their type", ("unlike", "Unlike"), peers, cells.unlike),
     ]
+    listed = [{odd.image for odd in some} for _, _, _, some in found]
+    in_both = listed[0] & listed[1]
     return [
         {"title": title, "place": place, "whom": whom, "least": least_images(frames.cohort), "least_cells": LEAST_CELLS}
-        | {"cells": [_odd_cell(frames, odd) for odd in some]}
+        | {"cells": [_odd_cell(frames, odd) | {"in_both": odd.image in in_both} for odd in some]}
         for title, place, whom, some in found
         if some
     ]

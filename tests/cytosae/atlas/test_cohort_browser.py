@@ -80,6 +80,22 @@ def test_what_cannot_be_saved_is_told(browser: Any, atlas: Path, tmp_path: Path)
     tab.close()
 
 
+def test_cells_of_both_lists_say_so(page: Watched) -> None:
+    """Those least typical of their patient and those unlike other patients' cells are often the same."""
+    n_both = 0
+    for patient in sorted((page.site / "patients").glob("*.html"))[:6]:
+        tab = page.open(f"patients/{patient.name}")
+        lists = [
+            {cell.locator(".hash").first.inner_text(): "in both lists" in cell.inner_text() for cell in each.all()}
+            for each in (tab.locator(f"section.odd:has(#{place}) .odds > li") for place in ("least-typical", "unlike"))
+        ]
+        both = lists[0].keys() & lists[1].keys()
+        for cells in lists:
+            assert {name for name, is_marked in cells.items() if is_marked} == both
+        n_both += len(both)
+    assert n_both > 0
+
+
 def test_reasons_of_unlike_cells_keep_their_room(page: Watched) -> None:
     """At no width do the words of one lie over the pictures of the next."""
     tab = page.open("patients/0.html")
