@@ -296,14 +296,17 @@ def _replicate(
     groups = prepared.groups
     described = describe_groups(prepared)
     direction = np.sign([row["difference"] for row in chosen])
-    nulls, observed = [], np.zeros(0)
+    g_before = np.array([np.nan if row["hedges_g"] is None else row["hedges_g"] for row in chosen], np.float64)
+    g_now = described["hedges_g"]
+    both = np.isfinite(g_before) & np.isfinite(g_now)
+    nulls, overall = [], []
     for number, draw in enumerate(prepared.draws):
 
         def tell(done: int, total: int, state: str, number: int = number) -> None:
             progress(number * total + done, len(prepared.draws) * total, state)
 
         def compute(draw: npt.NDArray[np.float32] = draw, tell: Progress = tell) -> Arrays:
-            test, seen, _ = signed_test(
+            test, observed, _ = signed_test(
                 draw,
                 groups.is_a,
                 direction,
@@ -313,18 +316,20 @@ def _replicate(
                 covariates=prepared.covariates,
                 progress=tell,
             )
-            return {"p": test.p, "p_mid": test.p_mid, "floor": np.array([test.floor]), "observed": seen}
+            permuted = _without_difference(draw, prepared, direction, config)
+            together = joint_test(observed, permuted, (g_before * direction)[both], both, floor=test.floor)
+            found = {"p": test.p, "p_mid": test.p_mid, "floor": np.array([test.floor])}
+            return found | {"together_p": together.p, "together_p_mid": together.p_mid}
 
         kept = keep(f"draw_{number}", compute)
-        nulls.append(_one_sided(kept["p"], kept["p_mid"], float(kept["floor"][0]), config.n_permutations))
-        observed = observed if number else kept["observed"]
+        floor = float(kept["floor"][0])
+        nulls.append(_one_sided(kept["p"], kept["p_mid"], floor, config.n_permutations))
+        overall.append(_one_sided(kept["together_p"], kept["together_p_mid"], floor, config.n_permutations))
+    p_same_sign, p_correlation = combine_draws(overall).p.tolist()
     p = combine_draws(nulls).p
     p = np.where(np.isfinite(described["difference"]) & (groups.values.max(0) > groups.values.min(0)), p, 1.0)
     holm = holm_adjusted(p)
-    g_before = np.array([np.nan if row["hedges_g"] is None else row["hedges_g"] for row in chosen], np.float64)
-    g_now = described["hedges_g"]
     agrees = np.sign(described["difference"]) == direction
-    both = np.isfinite(g_before) & np.isfinite(g_now)
     bootstraps = keep("bootstraps", lambda: {"g": bootstrap_effects(prepared, config)})["g"]
     rows = [
         {
@@ -339,7 +344,6 @@ def _replicate(
         }
         for at, (latent, row) in enumerate(zip(latents, chosen, strict=True))
     ]
-    permuted = _without_difference(prepared, direction, config)
     n_agree = int(agrees.sum())
     correlation = _correlation(g_before[both], g_now[both])
     slope = _slope(g_before[both], g_now[both])
@@ -349,25 +353,20 @@ def _replicate(
     n_smaller = int(min(groups.is_a.sum(), (~groups.is_a).sum()))
     of_correlation = correlation_limits(correlation, correlations, n_smaller)
     of_ratio = ratio_limits(slope, slopes, n_smaller)
-    of_null = np.array([_correlation(g_before[both], each * direction[both]) for each in permuted[:, both]])
-    as_tested = _correlation(g_before[both], (observed * direction)[both])
-    floor = nulls[0].floor  # luck must not give a p that no way to share out the patients has
-    p_same_sign = (1 + ((permuted > 0).sum(1) >= (observed > 0).sum()).sum()) / (1 + len(permuted))
-    p_correlation = (1 + (of_null >= as_tested).sum()) / (1 + len(of_null))
     return rows, {
         "n_latents": len(latents),
         "rule": f"the first {config.top} of both lists" if config.top else f"{config.rule} <= {config.most:g}",
         "n_patients": {"a": int(groups.is_a.sum()), "b": int((~groups.is_a).sum())},
         "n_permutations": config.n_permutations,
-        "p_floor": floor,
+        "p_floor": nulls[0].floor,
         "n_same_sign": n_agree,
-        "p_same_sign": max(float(p_same_sign), floor),
+        "p_same_sign": p_same_sign,
         "n_p_at_most_0.05": int((p <= 0.05).sum()),
         "n_replicated": int((holm <= 0.05).sum()),
         "correlation": _plain(correlation),
         "correlation_low": of_correlation[0],
         "correlation_high": of_correlation[1],
-        "p_correlation": max(float(p_correlation), floor) if np.isfinite(as_tested) else None,
+        "p_correlation": p_correlation if np.isfinite(correlation) else None,
         "ratio": _plain(slope),
         "ratio_low": of_ratio[0],
         "ratio_high": of_ratio[1],
@@ -375,9 +374,43 @@ def _replicate(
     }
 
 
-def _without_difference(prepared: Prepared, direction: Floats, config: ReplicateConfig) -> Floats:
+def joint_test(observed: Floats, permuted: Floats, before: Floats, both: Bools, *, floor: float) -> PermutationTest:
+    """One-sided p of what all latents say together: how many have the discovery's sign; the correlation of effects.
+
+    Parameters
+    ----------
+    observed, permuted : (latents,), (permutations, latents) of `signed_test`; the permuted where nothing differs
+    before : the discovery's effects of `both`, in the direction of the discovery
+    both : (latents,) which have an effect in both cohorts
+    floor : luck must not give a p that no way to share out the patients has
+    """
+
+    def figures(rows: Floats) -> Floats:
+        return np.column_stack([(rows > 0).sum(1), correlations_with(before, rows[:, both])])
+
+    (seen,), null = figures(observed[None]), figures(permuted)
+    seen = np.where(np.isnan(seen), -np.inf, seen)  # says nothing: p is 1
+    null = np.where(np.isnan(null), -np.inf, null)
+    as_far, farther = (null >= seen).sum(0), (null > seen).sum(0)
+    p, p_mid = (np.maximum((1 + count) / (1 + len(null)), floor) for count in (as_far, (as_far + farther) / 2))
+    return _one_sided(p, p_mid, floor, len(null))
+
+
+def correlations_with(values: Floats, rows: Floats) -> Floats:
+    """(n,) correlation of `values` (k,) with each of the rows (n, k), all finite; NaN where one does not vary."""
+    if len(values) < 3 or np.ptp(values) == 0:
+        return np.full(len(rows), np.nan)
+    one, others = values - values.mean(), rows - rows.mean(1, keepdims=True)
+    varies = np.ptp(rows, axis=1) > 0
+    lengths = np.linalg.norm(one) * np.where(varies, np.linalg.norm(others, axis=1), 1)
+    return np.where(varies, others @ one / lengths, np.nan)
+
+
+def _without_difference(
+    draw: npt.NDArray[np.float32], prepared: Prepared, direction: Floats, config: ReplicateConfig
+) -> Floats:
     """(permutations, latents) statistics of `signed_test` when the difference of the groups is taken off before."""
-    values, is_a, strata = prepared.draws[0].astype(np.float64), prepared.groups.is_a, prepared.strata
+    values, is_a, strata = draw.astype(np.float64), prepared.groups.is_a, prepared.strata
     strata = np.zeros(len(is_a), np.int64) if strata is None else strata
     covariates = np.zeros((len(is_a), 0)) if prepared.covariates is None else prepared.covariates
     group, _ = residual_group(is_a, covariates, strata)

@@ -1,6 +1,7 @@
 """Replication in another cohort: equal to plain loops, planted latents return, chance is uniform, bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from command_line import fails, run
 from scipy import stats
 
 from cytosae.compare import CompareConfig, ReplicateConfig, compare, replicate, replication
-from cytosae.compare.replication import correlation_limits, effect_sizes, holm_adjusted, ratio_limits, signed_test
+from cytosae.compare.permutation import combine_draws
+from cytosae.compare.replication import (
+    correlation_limits,
+    effect_sizes,
+    holm_adjusted,
+    joint_test,
+    ratio_limits,
+    signed_test,
+)
 from stores import REPLICATION, ResultStore
 from stores.errors import BadInput, SpecMismatch
 from stores.verify_any import verify_folder
@@ -186,6 +195,58 @@ def test_an_effect_is_not_divided_by_rounding() -> None:
     assert np.isnan(effect_sizes(values, 3)).all()
 
 
+def test_the_joint_test_counts_as_loops_do() -> None:
+    rng = np.random.default_rng(3)
+    permuted, observed, before = rng.normal(size=(80, 9)), rng.normal(0.4, 1, 9), rng.normal(size=7)
+    both = np.arange(9) % 4 != 3
+    permuted[5, both] = 0.25  # does not vary: no correlation
+    found = joint_test(observed, permuted, before, both, floor=0.01)
+    n_same = sum(value > 0 for value in observed)
+    seen = np.corrcoef(before, observed[both])[0, 1]
+    signs = [sum(value > 0 for value in row) for row in permuted]
+    correlations = [np.corrcoef(before, row[both])[0, 1] if np.ptp(row[both]) else -np.inf for row in permuted]
+    for at, (null, here) in enumerate(((signs, n_same), (correlations, seen))):
+        as_far, farther = sum(value >= here for value in null), sum(value > here for value in null)
+        assert found.p[at] == pytest.approx((1 + as_far) / 81)
+        assert found.p_mid[at] == pytest.approx((1 + (as_far + farther) / 2) / 81)
+    assert joint_test(observed + 9, permuted, before, both, floor=0.3).p[0] == 0.3
+    silent = joint_test(np.full(9, 0.5), permuted, before, both, floor=0.01)
+    assert silent.p[1] == 1, "effects that do not vary say nothing"
+
+
+def test_all_draws_of_thinned_patients_decide_together(
+    discovery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """p of the signs and of the correlation was that of the first draw alone."""
+    others = write_patient_barcodes(tmp_path / "b", draw(1, shift=0.4), DISEASES)
+    noise = np.random.default_rng(4).normal(0, 2, (2, len(DISEASES), 60)).astype(np.float32)
+    plain, kept = vars(replication)["prepare"], []
+
+    def thinned(*given: Any, **named: Any) -> Any:
+        prepared = plain(*given, **named)
+        kept.append(replace(prepared, draws=[prepared.draws[0], *(prepared.draws[0] + noise)]))
+        return kept[-1]
+
+    monkeypatch.setattr(replication, "prepare", thinned)
+    config = settings(n_permutations=200, n_bootstraps=2, top=6)
+    done = replicate(discovery, others, tmp_path / "out", config)
+    (prepared,) = kept
+    rows = done.rows
+    chosen = [row["latent"] for row in rows]
+    assert len(chosen) > 8
+    direction = np.sign([row["discovery_difference"] for row in rows])
+    before = np.array([row["discovery_hedges_g"] for row in rows]) * direction
+    tests = []
+    for values in (each[:, chosen] for each in prepared.draws):
+        _, observed, _ = signed_test(values, prepared.groups.is_a, direction, n_permutations=200, seed=config.seed)
+        same = values - np.where(prepared.groups.is_a[:, None], values[:12].mean(0), values[12:].mean(0))
+        permuted = signed_test(same, prepared.groups.is_a, direction, n_permutations=200, seed=config.seed)[2]
+        tests.append(joint_test(observed, permuted, before, np.ones(len(rows), bool), floor=done.summary["p_floor"]))
+    wanted = combine_draws(tests).p
+    assert len({*(float(test.p[1]) for test in tests)}) > 1
+    assert [done.summary["p_same_sign"], done.summary["p_correlation"]] == pytest.approx(wanted.tolist(), rel=0.02)
+
+
 # ------------------------------------------------------------------------------------------- what is found
 
 
@@ -231,10 +292,10 @@ def test_an_interrupted_replication_goes_on(discovery: Path, tmp_path: Path, mon
         patch.setattr(replication, "bootstrap_effects", stop)
         with pytest.raises(KeyboardInterrupt):
             replicate(discovery, others, tmp_path / "out", config)
-    assert (calls.count("prepare"), calls.count("signed_test")) == (1, 1)
+    assert (calls.count("prepare"), calls.count("signed_test")) == (1, 2)  # one of them with the difference taken off
     calls.clear()
     done = replicate(discovery, others, tmp_path / "out", config)
-    assert (calls.count("prepare"), calls.count("signed_test")) == (0, 1)  # that of the difference taken off
+    assert (calls.count("prepare"), calls.count("signed_test")) == (0, 0)
     assert done.rows == whole.rows
     assert done.summary == whole.summary
     calls.clear()
