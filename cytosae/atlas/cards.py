@@ -13,9 +13,9 @@ from PIL import Image
 from .inputs import Inputs
 from .pictures import jpeg
 from .plan import Ints, Plan
-from .site import Site
+from .site import CARD_SIZE, Site
 
-WIDTH, HEIGHT = 288, 192  # of a card's picture; the strongest cell has the left two thirds
+WIDTH, HEIGHT = CARD_SIZE  # the strongest cell has the left two thirds
 CARD_IMAGES = 3  # one large, and two small ones beside it
 _SMALL = (194, 94, 95)  # left edge, width and height of the two others
 _SMALL_TOPS = (0, 97)

@@ -21,6 +21,7 @@ from stores.wording import plain_text
 
 _NONE = "\N{EN DASH}"  # shown for undefined values
 _HERE = Path(__file__).parent
+CARD_SIZE = (288, 192)  # width and height of the picture of a card (cards.py), as in gallery.js
 _KINDS = {"float32": "f4", "float16": "f2", "uint32": "u4", "uint16": "u2", "uint8": "u1"}
 _KINDS |= {"int32": "i4", "int16": "i2"}
 # characters that could end a script element or a line of JavaScript
@@ -119,6 +120,7 @@ def _templates() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=_clean,
     )
+    environment.globals["card_size"] = CARD_SIZE
     environment.filters |= {"short": short, "share": share, "whole": whole, "json": readable}
     return environment
 

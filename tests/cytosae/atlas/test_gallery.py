@@ -42,6 +42,7 @@ def test_the_browser_counts_words_as_python_does() -> None:
         assert tuple(json.loads(found)) == words
     for name, number in {"MAPS_PER_FILE": MAPS_PER_FILE, "NEVER": NEVER, "IS_DIFFERENT": IS_DIFFERENT}.items():
         assert float(re.findall(rf"const {name} = ([\d.]+);", script)[0]) == number
+    assert f"width: {WIDTH}, height: {HEIGHT}" in script
     (turns,) = re.findall(r"const OPEN_FIRST = \{(.*?)\}", script)
     assert {word.strip(' "') for word in re.findall(r'("[^"]+"|\b[a-z]+) ?:', turns)} == {*VERDICTS}
 
