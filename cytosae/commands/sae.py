@@ -234,12 +234,12 @@ def sae_train(
     """
     from cytosae import train
     from cytosae.sae import make_config
-    from cytosae.training import start_settings, training_line
+    from cytosae.training import init_settings, training_line
     from stores import read_image_ids
 
     options = {name: value for name, value in options.items() if value not in (None, ())}
     _take_ghost(options, ghost)
-    start = start_settings(init_from) if init_from else None
+    start = init_settings(init_from) if init_from else None
     config = make_config(preset=preset, config_file=config_file, options=options, start=start)
     with progress_line("train", "token") as progress:
         done = train(

@@ -353,7 +353,7 @@ def make_config(
 
     Without a preset, what none of them sets fits the data: tokens, expansion and L0 are `auto`.
 
-    start : settings of an SAE to go on from (`cytosae.training.start_settings`), which are used where nothing else is
+    start : settings of an SAE to go on from (`cytosae.training.init_settings`), which are used where nothing else is
         given
 
     Raises

@@ -22,6 +22,7 @@ from .held_out import images_of as images_of
 from .held_out import measure_held_out as measure_held_out
 from .info import SaeInfo as SaeInfo
 from .info import sae_info as sae_info
+from .init_from import init_settings as init_settings
 from .losses import BatchLosses as BatchLosses
 from .losses import loss_and_gradients as loss_and_gradients
 from .losses import loss_weight as loss_weight
@@ -37,7 +38,6 @@ from .saving import Saver as Saver
 from .saving import SaveRule as SaveRule
 from .saving import free_memory as free_memory
 from .saving import space_warnings as space_warnings
-from .start import start_settings as start_settings
 from .state import new_model as new_model
 from .state import trim_states as trim_states
 from .substitution import BackboneSample as BackboneSample

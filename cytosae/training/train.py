@@ -43,6 +43,7 @@ from .distributed import ALONE, OtherProcessStopped, Ranks, interrupted_between_
 from .frozen import drop_frozen_gradient
 from .health_sample import health_of_run
 from .held_out import measure_held_out
+from .init_from import init_spec, open_init_sae, seen_before, take_weights_, trained_on_before
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
@@ -50,7 +51,6 @@ from .penalty import Penalty, begin_steering
 from .precision import check_precision, precision_lines
 from .report import TrainReport
 from .saving import MOST_STATE_GB, Saver, SaveRule, space_warnings
-from .start import open_start, seen_before, start_spec, take_weights_, trained_on_before
 from .state import (
     Metrics,
     TrainState,
@@ -115,7 +115,7 @@ def train(
     caches : finished activation stores of the same kind of tokens, by path or URL; of one, its path will do
     config : default: budget, width and L0 from the data (`make_config`)
     exclude : ids of images that are neither trained on nor held out
-    init_from : folder of a finished or imported SAE, whose weights the run begins with (start.py)
+    init_from : folder of a finished or imported SAE, whose weights the run begins with (init_from.py)
     assume_compatible : accept an imported SAE there, which does not say on which tokens it was trained
     device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     save_every : seconds between two saved states; default: 120, or not by time if `checkpoint_every` is given
@@ -155,15 +155,15 @@ def train(
     config, device, run = config or make_config(), resolve_device(device), Path(run)
     with joined_ranks(device) as ranks, ExitStack() as stack:
         data = open_data(caches, config, exclude=exclude)
-        start: SaeRun | None = None
+        init_sae: SaeRun | None = None
         warnings: tuple[str, ...] = ()
         if init_from is not None:
             init_from = Path(init_from)
-            start = open_start(init_from, data, config, assume_compatible=assume_compatible)
+            init_sae = open_init_sae(init_from, data, config, assume_compatible=assume_compatible)
             inputs = (*inputs, init_from)
-            if n_seen := seen_before(start, data):
+            if n_seen := seen_before(init_sae, data):
                 warnings = (f"{n_seen:,} held-out images were trained on by the SAE that this one goes on from",)
-        plan = plan_training(data, run, config, start=start)
+        plan = plan_training(data, run, config, init_sae=init_sae)
         warnings = (*plan.choices.warnings, *warnings)
         n_bytes = [plan.state_bytes]
         saver = Saver(rule.within(n_bytes))
@@ -307,7 +307,7 @@ class TrainPlan:
     objective: Objective
     n_steps: int  # with tokens "auto" the largest number
     header: Header  # of `sae.json`; its identity, a SHA-256 of data and settings, is that of the finished run
-    start: SaeRun | None = None  # the SAE that it goes on from
+    init_sae: SaeRun | None = None  # the SAE that it goes on from
 
     @property
     def config(self) -> TrainConfig:
@@ -388,10 +388,10 @@ class Training:
         return self.state.metrics[-1] if self.state.metrics else None
 
 
-def plan_training(data: TrainingData, run: Path, config: TrainConfig, *, start: SaeRun | None = None) -> TrainPlan:
+def plan_training(data: TrainingData, run: Path, config: TrainConfig, *, init_sae: SaeRun | None = None) -> TrainPlan:
     """The plan of a run in the folder `run`; nothing is read or written.
 
-    start : the SAE that it goes on from, which fits (`open_start`)
+    init_sae : the SAE that it goes on from, which fits (`open_init_sae`)
 
     Raises
     ------
@@ -412,9 +412,9 @@ def plan_training(data: TrainingData, run: Path, config: TrainConfig, *, start: 
         "n_steps": n_steps,
         "config": config.to_spec(),
         "resolved": config.resolved(data.width, n_steps),
-        **({"init_from": start_spec(start)} if start else {}),
+        **({"init_from": init_spec(init_sae)} if init_sae else {}),
     }
-    return TrainPlan(data, run, choices, Objective.from_config(config), n_steps, new_header(SAE, spec), start)
+    return TrainPlan(data, run, choices, Objective.from_config(config), n_steps, new_header(SAE, spec), init_sae)
 
 
 def begin_training(
@@ -496,8 +496,8 @@ def _initial_state(plan: TrainPlan, device: str, ranks: Ranks) -> TrainState:
     data, config = plan.data, plan.config
     scale, b_dec = ranks.broadcast(_from_tokens(plan, device) if ranks.is_first else None)
     model = new_model(data.width, config)
-    if plan.start is not None:
-        take_weights_(model, plan.start, scale)
+    if plan.init_sae is not None:
+        take_weights_(model, plan.init_sae, scale)
     else:
         draws = torch.Generator().manual_seed(config.seed)
         model.init_weights(draws, threshold=config.jump_threshold, init=config.init)
@@ -512,7 +512,7 @@ def _initial_state(plan: TrainPlan, device: str, ranks: Ranks) -> TrainState:
 
 def _from_tokens(plan: TrainPlan, device: str) -> tuple[float, torch.Tensor | None]:
     """The factor of the tokens, and b_dec unless it comes from another SAE."""
-    b_dec = initial_b_dec(plan.data, plan.config, device) if plan.start is None else None
+    b_dec = initial_b_dec(plan.data, plan.config, device) if plan.init_sae is None else None
     return token_scale(plan.data, plan.config), b_dec
 
 
@@ -521,7 +521,7 @@ def _first_penalty(plan: TrainPlan, model: SparseAutoencoder, scale: float, devi
     if not plan.config.is_steered:
         return None
     tokens_ND = first_tokens(plan.data, plan.config, device) * scale
-    return begin_steering(model, plan.config, tokens_ND, goes_on=plan.start is not None)
+    return begin_steering(model, plan.config, tokens_ND, goes_on=plan.init_sae is not None)
 
 
 # -------------------------------------------------------------------------------------- after the last step
@@ -577,7 +577,7 @@ def finish_training(training: Training) -> Header:
     plan, state, root = training.plan, training.state, training.output.work
     data, config, model = plan.data, plan.config, state.model
     training.saver.wait(root)
-    require_unchanged(*(store.header for store in data.stores), *([plan.start.header] if plan.start else []))
+    require_unchanged(*(store.header for store in data.stores), *([plan.init_sae.header] if plan.init_sae else []))
     model.fold_decoder_norm()
     if state.token_scale != 1:
         model.fold_token_scale(state.token_scale)
@@ -599,7 +599,7 @@ def finish_training(training: Training) -> Header:
             "token_scale": state.token_scale,
             "final": state.metrics[-1],
             "trained_on": write_trained_on(
-                root, data.trained_on(), before=trained_on_before(plan.start) if plan.start else frozenset()
+                root, data.trained_on(), before=trained_on_before(plan.init_sae) if plan.init_sae else frozenset()
             ),
         }
         if state.penalty is not None:

@@ -16,7 +16,7 @@ from training_runs import BATCH, SETTINGS, tokens_of_cells
 
 from cli import cli
 from cytosae.sae import export_sae, import_sae, load_sae, make_config
-from cytosae.training import start_settings
+from cytosae.training import init_settings
 from cytosae.training.evaluate import evaluate
 from cytosae.training.train import train
 from stores import BadInput, SpecMismatch
@@ -119,7 +119,7 @@ def test_images_of_before_are_never_called_held_out(caches: list[Path], tmp_path
 
 def test_the_command_takes_the_shape_of_the_sae(caches: list[Path], tmp_path: Path) -> None:
     train(caches[:1], tmp_path / "first", small("topk"))
-    assert start_settings(tmp_path / "first") == {"activation": "topk", "expansion": 8, "k": 6}
+    assert init_settings(tmp_path / "first") == {"activation": "topk", "expansion": 8, "k": 6}
 
     def run(*more: Any) -> Any:
         arguments = ["sae", "train", caches[1], "-o", tmp_path / "run", "--init-from", tmp_path / "first"]
@@ -152,7 +152,7 @@ def test_a_golden_sae_can_be_gone_on_from(tmp_path: Path) -> None:
     drawn = rng.normal(size=(8, tokens["tokens_per_image"], spec["width"])).astype(np.float16)
     names = ("backbone", "weights_sha256", "block", "transform", "token_layout")
     cache = write_cache(tmp_path / "a.zarr", drawn, **{name: tokens[name] for name in names})
-    config = make_config(options={"batch_tokens": 8, "tokens": 16}, start=start_settings(golden))
+    config = make_config(options={"batch_tokens": 8, "tokens": 16}, start=init_settings(golden))
     report = train([cache], tmp_path / "run", config, init_from=golden)
     assert report.spec["n_latents"] == spec["n_latents"]
 

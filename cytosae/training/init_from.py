@@ -18,7 +18,7 @@ from stores.spec import SAE, read_header
 from .data import TrainingData
 
 
-def start_settings(run: Path) -> dict[str, Any]:
+def init_settings(run: Path) -> dict[str, Any]:
     """activation, k and expansion of the SAE in the folder `run`, for `make_config(start=...)`.
 
     Raises
@@ -38,7 +38,7 @@ def start_settings(run: Path) -> dict[str, Any]:
     return found | ({"k": spec["k"]} if spec.get("k") is not None else {})
 
 
-def open_start(run: Path, data: TrainingData, config: TrainConfig, *, assume_compatible: bool = False) -> SaeRun:
+def open_init_sae(run: Path, data: TrainingData, config: TrainConfig, *, assume_compatible: bool = False) -> SaeRun:
     """The SAE in the folder `run`, if it fits the tokens and the settings.
 
     Raises
@@ -50,14 +50,14 @@ def open_start(run: Path, data: TrainingData, config: TrainConfig, *, assume_com
     StoreNotFound, IncompleteStore, DamagedStore
         If there is no finished SAE, or it is damaged.
     """
-    settings = start_settings(run)
+    settings = init_settings(run)
     sae = load_sae(run)
     sae.require_tokens(data.stores[0].spec, f"the cache {data.stores[0].root}", assume_compatible=assume_compatible)
     require_same_shape({"activation": config.activation, "expansion": config.expansion}, settings)
     return sae
 
 
-def start_spec(sae: SaeRun) -> dict[str, Any]:
+def init_spec(sae: SaeRun) -> dict[str, Any]:
     """What `sae.json` says of the SAE that a run began from."""
     return {"identity": sae.header.identity, "sae_sha256": sae.sha256}
 
