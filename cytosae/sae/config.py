@@ -193,14 +193,14 @@ class TrainConfig:
             raise BadInput(f"holdout is a fraction below 1; found {self.holdout!r}")
         if self.mix is not None and not all(math.isfinite(share) and share > 0 for share in self.mix):
             raise BadInput(f"every share in mix must be above 0; found {list(self.mix)}")
-        if self.k is not None and self.target_l0 is not None:
-            raise BadInput("give the number of active latents once: either k or target_l0")
         if (self.k is not None or (self.takes_k and self.target_l0 is not None)) != self.takes_k:
             raise BadInput(
                 f"activation {self.activation!r} takes no k; leave it out, or choose topk or batchtopk"
                 if self.k is not None
                 else f"activation {self.activation!r} needs k, the number of active latents per token (--k 64)"
             )
+        if self.k is not None and self.target_l0 is not None:
+            raise BadInput("give the number of active latents once: either k or target_l0")
         if self.nested is not None:
             self._check_nested(self.nested)
         if self.tokens == "auto" and not self.holdout:

@@ -257,6 +257,7 @@ def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
         ({"order": "images", "mix": (1.0, 1.0)}, "'images' trains on whole images, .* and no mix"),
         ({"activation": "topk"}, "activation 'topk' needs k, .*--k 64"),
         ({"k": 8}, "activation 'relu' takes no k; .* choose topk or batchtopk"),
+        ({"k": 8, "target_l0": "auto"}, "activation 'relu' takes no k; .* choose topk or batchtopk"),
         ({"activation": "batchtopk", "k": 0}, "k must be at least 1; found 0"),
         ({"holdout": 1.0}, "holdout is a fraction below 1; found 1.0"),
         ({"holdout": -0.1}, "holdout must be at least 0; found -0.1"),
