@@ -353,8 +353,8 @@ def make_config(
 
     Without a preset, what none of them sets fits the data: tokens, expansion and L0 are `auto`.
 
-    start : settings of an SAE to go on from (`cytosae.training.init_settings`), which are used where nothing else is
-        given
+    start : settings of an SAE to go on from (`cytosae.training.init_settings`), which are used where neither file nor
+        options say otherwise
 
     Raises
     ------
@@ -364,7 +364,7 @@ def make_config(
     values: dict[str, Any] = dict(start or {})
     if preset is not None:
         check_choice("preset", preset, tuple(PRESETS))
-        values |= PRESETS[preset]
+        values = PRESETS[preset] | values  # the number of latents is that of the SAE to go on from
     for given in (_settings_of(Path(config_file)) if config_file else {}, options or {}):
         if {"l1", "target_l0"} <= given.keys():
             raise BadInput("give the sparsity once: either l1, a fixed weight, or target_l0, which it is steered to")

@@ -165,3 +165,18 @@ def test_another_kind_of_tokens_is_refused(caches: list[Path], tmp_path: Path) -
         train([other], tmp_path / "run", small("relu"), init_from=tmp_path / "first")
     with pytest.raises(BadInput, match="has expansion 8; found expansion 4"):
         train(caches[:1], tmp_path / "run", small("relu", expansion=4), init_from=tmp_path / "first")
+
+
+def test_what_a_preset_says_of_the_width_gives_way(caches: list[Path], tmp_path: Path) -> None:
+    """Number of latents and activation are those of the SAE to go on from; the preset says the rest."""
+    train(caches[:1], tmp_path / "first", small("topk"))
+    start = init_settings(tmp_path / "first")
+    config = make_config(preset="paper", options={"tokens": BATCH, "batch_tokens": BATCH}, start=start)
+    assert (config.expansion, config.activation, config.k) == (8, "topk", 6)
+    assert (config.loss, config.dead_latents, config.lr) == ("eq1", "ghost", 4e-4)
+    assert (
+        train(caches[:1], tmp_path / "run", config, init_from=tmp_path / "first").spec["n_latents"]
+        == start["expansion"] * 8
+    )
+    with pytest.raises(BadInput, match="has expansion 8; found expansion 4"):
+        make_config(preset="paper", options={"expansion": 4}, start=start)
