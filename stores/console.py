@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from stores.machine import n_cores
 from stores.wording import Report, counted, printable
@@ -64,6 +65,16 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 readers_option = click.option(
     "--workers", type=COUNT, default=n_cores(), show_default="cores", help="Processes that read images."
 )
+
+
+def typed_options(*names: str) -> list[str]:
+    """Of these parameters those that were typed, as they are typed: what would have no effect is refused."""
+    context = click.get_current_context()
+    return [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
 
 
 @contextmanager

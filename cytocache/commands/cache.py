@@ -20,6 +20,7 @@ from stores.console import (
     readers_option,
     stopping_gently,
     tell,
+    typed_options,
 )
 
 if TYPE_CHECKING:
@@ -266,6 +267,8 @@ def cache_fidelity(
     """
     from cytocache.fidelity import measure_fidelity
 
+    if run is None and typed_options("tau"):
+        raise click.UsageError("--tau is of use only with --sae, whose latents are counted")
     with progress_line("download", "byte") as downloading, progress_line("fidelity", "image") as progress:
         done = measure_fidelity(
             store,

@@ -18,6 +18,7 @@ from stores.console import (
     progress_line,
     say_done,
     tell,
+    typed_options,
 )
 
 if TYPE_CHECKING:
@@ -143,10 +144,14 @@ def concept_map(
 
     if (patch is None) == (not latents):
         raise click.UsageError("give --latent (it may repeat), or --patch for its most active latents")
+    if patch is None and (given := typed_options("n_top", "dataset", "shared", "noisy")):
+        raise click.UsageError(f"{', '.join(given)}: only with --patch; --latent draws the latents that it names")
     if patch is not None and concepts is None:
         raise click.UsageError("--patch needs --concepts, whose statistics say which latents are shared or noisy")
     if (image_id is None) != (file is not None and run is not None) or (file is None) != (run is None):
         raise click.UsageError("give --image; or --file and --sae, for an image that is in no store")
+    if file is None and weights is not None:
+        raise click.UsageError("--weights is of use only with --file, which no backbone has seen")
     require_roots(stores, roots)
     query = PatchQuery(patch=patch, dataset=dataset, **chosen) if patch is not None else None
     with progress_line("download", "byte") as progress:

@@ -7,7 +7,18 @@ from typing import Any
 import click
 
 from cytosae.commands.shared import dask_client, dask_options, tell_or_json
-from stores.console import COUNT, FILE, SEED, STORE, TOKEN_SETS, json_option, overwrite_option, progress_line, say_done
+from stores.console import (
+    COUNT,
+    FILE,
+    SEED,
+    STORE,
+    TOKEN_SETS,
+    json_option,
+    overwrite_option,
+    progress_line,
+    say_done,
+    typed_options,
+)
 
 
 @click.command("stability")
@@ -108,6 +119,8 @@ def concept_neighbours(
     """
     from cytosae.relations import NeighbourConfig, find_neighbours, write_neighbours
 
+    if not latents and (given := typed_options("tau", "token_set", "min_images")):
+        raise click.UsageError(f"{', '.join(given)}: only with --latents, which tells what is active together")
     config = NeighbourConfig(**settings)
     if out is None:
         if not chosen:

@@ -23,10 +23,13 @@ from stores.console import (
     readers_option,
     say_done,
     tell,
+    typed_options,
 )
 from stores.devices import resolve_device
 
 if TYPE_CHECKING:
+    from cytosae.sae import TrainConfig
+
     from .shared import Bridges
 
 
@@ -241,6 +244,7 @@ def sae_train(
     _take_ghost(options, ghost)
     start = init_settings(init_from) if init_from else None
     config = make_config(preset=preset, config_file=config_file, options=options, start=start)
+    _refuse_without_effect(options, config, goes_on=start is not None)
     with progress_line("train", "token") as progress:
         done = train(
             stores,
@@ -276,6 +280,20 @@ def _take_ghost(options: dict[str, Any], ghost: bool | None) -> None:
         meant = "ghost" if ghost else "none"
         if options.setdefault("dead_latents", meant) != meant:
             raise click.UsageError("--ghost and --no-ghost are short for --dead-latents: give one of them")
+
+
+def _refuse_without_effect(options: dict[str, Any], config: "TrainConfig", *, goes_on: bool) -> None:
+    """Options that were typed and would change nothing."""
+    if config.takes_k and "l1" in options:
+        raise click.UsageError(
+            f"--l1 weighs a sparsity term, and {config.activation} has none: leave it out; --k says how many latents "
+            f"are active"
+        )
+    if not config.holdout and options.get("holdout_by") == "patient":
+        raise click.UsageError("--holdout-by patient: no patient is held out; add --holdout 0.1, or leave it out")
+    if goes_on and (given := [name for name in ("init", "b_dec_init") if name in options]):
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"{names}: only for new weights, and --init-from has its own: leave out one")
 
 
 @click.command("sweep")
@@ -424,8 +442,8 @@ def sae_eval(
 
     if keep and only:
         raise click.UsageError("--keep is for all images of STORE; leave out --only")
-    if sampling["weights"] and not images:
-        raise click.UsageError("--weights is of use only with --images, which says where the images lie")
+    if not images and (given := typed_options("weights", "n_images", "seed", "workers")):
+        raise click.UsageError(f"{', '.join(given)}: of use only with --images, which says where the images lie")
     device = resolve_device(device)
     with (
         progress_line("download", "byte") as downloading,

@@ -253,3 +253,5 @@ def test_a_mistake_is_one_line(made: Path, tmp_path: Path) -> None:
         assert result.stdout == ""
         assert words in result.stderr
         assert result.stderr.count("\n") == 1
+    result = run(made / "acts.zarr", "--tau", 0.1)
+    assert (result.exit_code, "--tau is of use only with --sae" in result.stderr) == (2, True)

@@ -318,6 +318,8 @@ def test_mistakes_get_one_line(made: Path, latents: LatentStore, concepts: Conce
     fails("give --image; or --file and --sae", "map", store, "-o", out, "--file", "x", "--latent", 1, code=2)
     fails("give --latent", *one, code=2)
     fails("--patch needs --concepts", *one, "--patch", 1, code=2)
+    fails("--top, --noisy: only with --patch", *one, "--latent", 1, "--top", 5, "--noisy", 0.2, code=2)
+    fails("--weights is of use only with --file", *one, "--latent", 1, "--weights", "x.pth", code=2)
     fails("give --root once for each of LATENTS", *one, "--latent", 1, "--root", made, "--root", made, code=2)
     assert not out.exists()
 

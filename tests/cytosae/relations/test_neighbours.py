@@ -223,4 +223,6 @@ def test_command(made: tuple[Path, list[Path], list[Float]], tmp_path: Path) -> 
     assert done.stdout.splitlines() == list(found.lines())
     assert "already complete" in run(*command, "-o", tmp_path / "out", "--workers", 1).stderr
     assert run(*command).exit_code == 2
+    alone = run("concept", "neighbours", sae, "--latent", 0, "--tau", 1, "--min-images", 9)
+    assert (alone.exit_code, "--tau, --min-images: only with --latents" in alone.stderr) == (2, True)
     fails("no latent 99", *command, "--latent", 99)

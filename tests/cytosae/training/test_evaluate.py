@@ -618,7 +618,10 @@ def test_a_mistake_is_one_line(made: Path, small: Path, tmp_path: Path) -> None:
         assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
     result = run_eval(made / "run", made / "acts.zarr", "--weights", "x.pth")
     assert result.exit_code == 2
-    assert "--weights is of use only with --images" in result.stderr
+    assert "--weights: of use only with --images" in result.stderr
+    result = run_eval(made / "run", made / "acts.zarr", "--sample", "8", "--seed", "1", "--workers", "1")
+    assert result.exit_code == 2
+    assert "--sample, --seed, --workers: of use only with --images" in result.stderr
 
 
 def test_a_missing_image_is_told_before_the_long_pass(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

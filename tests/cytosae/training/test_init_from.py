@@ -180,3 +180,23 @@ def test_what_a_preset_says_of_the_width_gives_way(caches: list[Path], tmp_path:
     )
     with pytest.raises(BadInput, match="has expansion 8; found expansion 4"):
         make_config(preset="paper", options={"expansion": 4}, start=start)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--activation", "topk", "--l1", 0.1), "--l1 weighs a sparsity term, and topk has none"),
+        (("--holdout-by", "patient", "--tokens", 512), "--holdout-by patient: no patient is held out"),
+        (("--init-from", "first", "--init", "transpose"), "--init: only for new weights"),
+        (("--init-from", "first", "--b-dec-init", "mean"), "--b-dec-init: only for new weights"),
+    ],
+)
+def test_options_without_an_effect_are_refused(
+    options: tuple[Any, ...], words: str, caches: list[Path], tmp_path: Path
+) -> None:
+    if "first" in options:
+        train(caches[:1], tmp_path / "first", small("relu", steps=1))
+    given = [str(tmp_path / "first" if option == "first" else option) for option in options]
+    done = CliRunner().invoke(cli, ["sae", "train", str(caches[0]), "-o", str(tmp_path / "run"), *given])
+    assert (done.exit_code, words in done.stderr) == (2, True), done.output
+    assert not (tmp_path / "run").exists()
