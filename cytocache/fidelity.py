@@ -17,6 +17,7 @@ import torch
 from stores.activation_spec import ActivationSpec
 from stores.activation_store import ActivationStore
 from stores.devices import memory_told, resolve_device
+from stores.errors import BadInput
 from stores.machine import n_cores
 from stores.progress import Progress
 from stores.runlog import read_runs
@@ -137,10 +138,13 @@ def measure_fidelity(
     Raises
     ------
     BadInput
-        If no image of the sample can be read, or its file is not the one that was cached.
+        If no image of the sample can be read, or its file is not the one that was cached; if tau is no number of at
+        least 0.
     SpecMismatch
         If the weights are not those of the cache, or the SAE was trained on other tokens.
     """
+    if not (math.isfinite(tau) and tau >= 0):
+        raise BadInput(f"tau must be a number of at least 0; found {tau!r}")
     store, device, assumed = Path(store), resolve_device(device), None
     cache = ActivationStore(store)
     if sae is not None:

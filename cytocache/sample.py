@@ -90,10 +90,12 @@ def load_for_spec(
     Raises
     ------
     BadInput
-        If the weights are missing or cannot be read.
+        If the weights are missing or cannot be read, or some are given for an untrained backbone.
     SpecMismatch
         If this version computes other tokens than the cache holds.
     """
+    if not spec.trained and weights not in (None, "random"):
+        raise BadInput(f"{made} is of an untrained backbone, whose weights follow from its seed: leave --weights out")
     preprocess = Preprocess.from_dict(spec.transform)
     backbone = load_backbone(
         spec.backbone,
