@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from stores.verify import CheckReport
 
 
+_READERS = (
+    "cache info, sae train, sweep, eval, encode, baseline, versus and score, barcode, and concept stats, neighbours, "
+    "ablate and search"
+)
+
+
 class Place(click.Path):
     """A local path. A URL is refused (as a path it would name a local folder), or with `urls` given as a str."""
 
@@ -30,8 +36,7 @@ class Place(click.Path):
         if "://" not in str(value):
             return super().convert(value, param, ctx)
         if not self.urls:
-            readers = "cache info, sae train, sweep, eval and encode, barcode, and concept neighbours --latents"
-            self.fail(f"{value!r} is a URL; only {readers} read from one", param, ctx)
+            self.fail(f"{value!r} is a URL; caches and latents are read from one by {_READERS} only", param, ctx)
         return str(value)
 
 

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -841,9 +842,24 @@ def test_a_url_where_none_is_taken_is_wrong_usage(
     done = CliRunner().invoke(cli, command)
     assert done.exit_code == 2
     assert (
-        "is a URL; only cache info, sae train, sweep, eval and encode, barcode, and concept neighbours" in done.stderr
+        "is a URL; caches and latents are read from one by cache info, sae train, sweep, eval, encode, baseline"
+        in done.stderr
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_message_names_the_commands_that_read_from_a_url() -> None:
+    root = click.Context(cli)
+    said = CliRunner().invoke(cli, ["cache", "verify", "s3://bucket/x.zarr"]).stderr.rpartition("from one by ")[2]
+    groups = {part.split()[0]: part for part in re.split(r",? and (?=concept)|, (?=sae|barcode)", said)}
+    for group in cli.list_commands(root):
+        found = cli.get_command(root, group)
+        names = found.list_commands(root) if isinstance(found, click.Group) else [group]
+        for name in names:
+            command = found.get_command(root, name) if isinstance(found, click.Group) else found
+            assert command is not None
+            takes = any(getattr(each.type, "urls", False) for each in command.params)
+            assert takes == bool(re.search(rf"\b{name}\b", groups.get(group, ""))), (group, name)
 
 
 @pytest.mark.stress
