@@ -109,7 +109,7 @@ class LatentsInfo(StoreInfo):
         spec = self.spec
         nonzeros = "(not finished)"
         if self.nnz is not None:
-            size = "" if self.n_bytes is None else f", {self.n_bytes / max(1, self.nnz):.2f} bytes each"
+            size = f", {self.n_bytes / self.nnz:.2f} bytes each" if self.n_bytes is not None and self.nnz else ""
             nonzeros = f"{self.nnz:,} ({self.nnz_per_token:.1f} per token of a readable image{size})"
         rows = {
             "images": f"{spec.n_images:,} x {spec.tokens_per_image} tokens",

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from latent_stores import write_latents
 from reference import Params, image_counts
 from sae_variants import K
 from sparse_tokens import WIDTH, random_tokens, write_sae
@@ -45,6 +46,7 @@ from stores import (
     LatentWriter,
     SpecMismatch,
     find_header,
+    latents_info,
     read_runs,
     verify_latents,
 )
@@ -662,3 +664,12 @@ def test_nan_in_a_readable_image_is_an_error_and_no_store(made: Path, tmp_path: 
     header = find_header(tmp_path / "latents.zarr")
     assert header is not None
     assert (header.kind, header.complete) == (LATENTS.kind, False)
+
+
+def test_info_of_a_store_without_a_nonzero(tmp_path: Path) -> None:
+    """Everything was pruned: no size of each of none."""
+    empty = write_latents(tmp_path / "none.zarr", np.zeros((2, 3, 4), np.float32), [("A", None, True)] * 2)
+    assert latents_info(empty).rows()["nonzeros"] == "0 (0.0 per token of a readable image)"
+    one = write_latents(tmp_path / "one.zarr", np.eye(4, dtype=np.float32)[None, :3], [("A", None, True)])
+    size = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
+    assert latents_info(one).rows()["nonzeros"] == f"3 (1.0 per token of a readable image, {size / 3:.2f} bytes each)"
