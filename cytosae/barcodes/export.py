@@ -66,7 +66,8 @@ def export_h5ad(
     Raises
     ------
     BadInput
-        If there is no such level or tau, if `out` does not end with .h5ad, lies inside the barcodes, or is there.
+        If there is no such level or tau, or no row of it; if `out` does not end with .h5ad, lies inside the barcodes,
+        or is there.
     DamagedStore
         If the barcodes are not what was written.
     """
@@ -78,6 +79,10 @@ def export_h5ad(
     if out.is_dir() or (out.exists() and not overwrite):
         raise BadInput(f"{out} is there already; choose another output, or add --overwrite to replace it")
     found = store.read(level, tau)
+    if not found.n_obs:
+        raise BadInput(
+            f"{store.root} has no {level}, since no image has one in its table; count again with cyto barcode --table"
+        )
     found.obs, categories = with_categories(found.obs)
     found.var = plain_strings(found.var)
     warnings: list[str] = []

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from stores.console import (
     COUNT,
@@ -19,6 +18,7 @@ from stores.console import (
     progress_line,
     say_done,
     tell,
+    typed_options,
 )
 
 if TYPE_CHECKING:
@@ -49,18 +49,12 @@ _OF_EVALUATION = ("n_queries", "n_bootstraps", "seed")
 
 def _refuse_without_effect(*, evaluate: bool) -> None:
     """Options that were typed and would change nothing."""
-    context = click.get_current_context()
-    given = [
-        option.opts[0]
-        for option in context.command.params
-        if option.name in (_OF_IMAGE if evaluate else _OF_EVALUATION)
-        and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
-    ]
-    if given:
+    if given := typed_options(*(_OF_IMAGE if evaluate else _OF_EVALUATION)):
         raise click.UsageError(
             f"{', '.join(given)}: {'only for an IMAGE, not with --evaluate' if evaluate else 'only with --evaluate'}"
         )
-    if context.params["keep"] is not None and not context.params["caches"]:
+    params = click.get_current_context().params
+    if params["keep"] is not None and not params["caches"]:
         raise click.UsageError("--keep holds what is read of --cache; give --cache, too")
 
 

@@ -320,8 +320,8 @@ def _warnings(runs: Sequence[Path], pairs: Sequence[dict[str, Any]]) -> list[str
         a, b = runs[pair["sae_a"]], runs[pair["sae_b"]]
         if pair["seed_a"] is not None and pair["seed_a"] == pair["seed_b"]:
             found.append(
-                f"{a} and {b} were trained from one seed ({pair['seed_a']}): they began with equal weights, and what "
-                f"they share may be these. This is not agreement"
+                f"{a} and {b} were trained from one seed ({pair['seed_a']}), so they may have begun with equal "
+                f"weights, and what they share may be these. This is not agreement"
             )
         elif pair["n_same_number"] >= _SAME_NUMBER:
             found.append(

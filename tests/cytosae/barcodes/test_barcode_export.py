@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from barcode_maker import write_patient_barcodes
 from click.testing import CliRunner
 from cohorts import cohort, write_folder
 from places import GOLDEN
@@ -67,6 +68,14 @@ def test_components_equal_those_of_the_dense_twin() -> None:
 @pytest.mark.parametrize("counts", [np.zeros((5, 4)), np.ones((5, 4)), np.eye(2, 4), np.zeros((0, 4))])
 def test_rows_that_do_not_differ_have_no_map(counts: np.ndarray) -> None:
     assert principal_components(counts, seed=0) is None
+
+
+def test_a_level_without_rows_is_refused(tmp_path: Path) -> None:
+    """Barcodes of nobody: a file of no rows was written, with a warning of the map alone."""
+    root = write_patient_barcodes(tmp_path / "b", np.ones((3, 4), np.float32), [""] * 3)
+    with pytest.raises(BadInput, match=r"has no disease, since no image has one in its table; count again with"):
+        export_h5ad(root, tmp_path / "out.h5ad", level="disease")
+    assert not (tmp_path / "out.h5ad").exists()
 
 
 def test_the_golden_barcodes_go_out_at_every_level(tmp_path: Path) -> None:
