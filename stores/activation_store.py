@@ -104,16 +104,16 @@ class ActivationStore:
         """Size, settings and runs of the cache, as `cyto cache info` prints them."""
         return cache_info(self.root)
 
-    def line(self) -> str:
-        """The cache in one line: its size, and what its tokens are."""
+    def line(self, name: Path | str | None = None) -> str:
+        """The cache in one line: its size, and what its tokens are; called `name`, or else its root."""
         spec = self.spec
         return (
-            f"{self.root}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.width} channels, "
+            f"{name or self.root}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.width} channels, "
             f"block {spec.block} of {spec.backbone}{'' if spec.trained else ' (UNTRAINED)'}, "
             f"{megabytes(size_on_disk(self.root) if isinstance(self.root, Path) else None)}"
         )
 
-    def unreadable_line(self) -> str:
+    def unreadable_line(self, name: Path | str | None = None) -> str:
         """`2 of 41,621 images could not be read (a.tif: ...); they are listed in images.parquet`."""
         images = self.images
         bad = [
@@ -123,10 +123,10 @@ class ActivationStore:
         ]
         return (
             f"{len(bad):,} of {images.num_rows:,} images could not be read ({listed(bad)}); "
-            f"they are listed in {self.root}/images.parquet"
+            f"they are listed in {name or self.root}/images.parquet"
         )
 
-    def truncated_line(self) -> str:
+    def truncated_line(self, name: Path | str | None = None) -> str:
         """`2 of 41,621 images are cut off and were taken as far as they go (a.tif: its end is missing); ...`."""
         images = self.images
         truncated = [
@@ -136,7 +136,7 @@ class ActivationStore:
         ]
         return (
             f"{len(truncated):,} of {images.num_rows:,} images are cut off and were taken as far as they go "
-            f"({listed(truncated)}); the column truncated of {self.root}/images.parquet names them"
+            f"({listed(truncated)}); the column truncated of {name or self.root}/images.parquet names them"
         )
 
     def _repr_html_(self) -> str:
@@ -298,8 +298,8 @@ def cache_info(store: Path | str, *, header_only: bool = False) -> CacheInfo:
         n_images_written=sum(len(spec.chunk_rows(chunk)) for chunk in chunks),
         groups={name: counts[name] for name in ("label", "disease") if counts[name]},
         n_patients=len(counts["patient"]),
-        unreadable=cache.unreadable_line() if cache and (header.summary or {}).get("n_unreadable") else "",
-        truncated=cache.truncated_line() if cache and (header.summary or {}).get("n_truncated") else "",
+        unreadable=cache.unreadable_line(store) if cache and (header.summary or {}).get("n_unreadable") else "",
+        truncated=cache.truncated_line(store) if cache and (header.summary or {}).get("n_truncated") else "",
     )
 
 

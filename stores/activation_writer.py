@@ -258,7 +258,7 @@ def merge_cache(store: Path | str) -> MergeResult:
         out=store,
         stores=tuple(places),
         was_complete=was_complete,
-        described=tuple(ActivationStore(place).line() for place in places),
+        described=tuple(ActivationStore(place).line(place) for place in places),
     )
 
 

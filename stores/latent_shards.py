@@ -189,7 +189,7 @@ def merge_latents(root: Path | str, *, progress: Progress = lambda done, total, 
     with claimed(root, shared=True):
         if complete_latents(root, progress=progress) is None:
             raise SpecMismatch(f"{root} is being completed by another process; wait until it ends")
-    return MergeResult(out=root, stores=(root,), was_complete=was_complete, described=(LatentStore(root).line(),))
+    return MergeResult(out=root, stores=(root,), was_complete=was_complete, described=(LatentStore(root).line(root),))
 
 
 def require_all_images(root: Path, spec: LatentSpec) -> None:

@@ -81,13 +81,13 @@ class LatentStore:
         """Size, settings and runs of the store, as `cyto latents info` prints them."""
         return latents_info(self.root)
 
-    def line(self) -> str:
-        """The store in one line: its size, nonzeros, and what was dropped."""
+    def line(self, name: Path | str | None = None) -> str:
+        """The store in one line: its size, nonzeros, what was dropped; called `name`, or else its root."""
         spec = self.spec
         dropped = f"; {pruning(spec.min_activation, self.header.summary or {})}" if spec.min_activation else ""
         return (
-            f"{self.root}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.n_latents:,} latents, "
-            f"{self.nnz:,} nonzeros ({self.nnz / max(1, self.n_readable_tokens):.1f} per token of a readable "
+            f"{name or self.root}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.n_latents:,} "
+            f"latents, {self.nnz:,} nonzeros ({self.nnz / max(1, self.n_readable_tokens):.1f} per token of a readable "
             f"image{dropped}), {megabytes(size_on_disk(self.root) if isinstance(self.root, Path) else None)}"
         )
 

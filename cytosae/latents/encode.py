@@ -75,7 +75,7 @@ class EncodeResult(Report):
     def lines(self) -> Iterator[str]:
         """What the store holds; or that other shards are missing."""
         if self.is_complete:
-            yield LatentStore(self.out).line()
+            yield LatentStore(self.out).line(self.out)
             return
         yield (
             f"{self.out}: shard {self.shard} is done, {self.n_readable:,} readable images; other shards are not, or "

@@ -667,12 +667,17 @@ class TestCommand:
     def run(self, *arguments: object) -> Result:
         return CliRunner().invoke(cli, ["cache", "extract", *map(str, arguments)])
 
-    def test_it_says_what_was_made_and_what_could_not_be_read(self, cells: Path, tmp_path: Path) -> None:
-        arguments = (cells, tmp_path / "a.zarr", "--block", 0, "--chunk-images", 3, "--workers", 2)
+    def test_it_says_what_was_made_and_what_could_not_be_read(
+        self, cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)  # places are called as they were typed
+        arguments = (cells, "a.zarr", "--block", 0, "--chunk-images", 3, "--workers", 2)
         first = self.run(*arguments)
         assert first.exit_code == 0
-        assert "11 images x 257 tokens x 192 channels, block 0 of random-vit-tiny (UNTRAINED)" in first.stdout
+        made = "a.zarr: 11 images x 257 tokens x 192 channels, block 0 of random-vit-tiny (UNTRAINED)"
+        assert first.stdout.startswith(made)
         assert "warning: 1 of 11 images could not be read (eosinophil/04.jpg: cannot be decoded" in first.stderr
+        assert "they are listed in a.zarr/images.parquet" in first.stderr
         second = self.run(*arguments)
         assert second.exit_code == 0
         assert second.stdout == first.stdout
