@@ -115,29 +115,24 @@ class ActivationStore:
 
     def unreadable_line(self, name: Path | str | None = None) -> str:
         """`2 of 41,621 images could not be read (a.tif: ...); they are listed in images.parquet`."""
-        images = self.images
-        bad = [
-            f"{path}: {error}"
-            for path, error in zip(column(images, "path"), column(images, "error"), strict=True)
-            if error is not None
-        ]
+        unreadable = self._named(column(self.images, "error"))
         return (
-            f"{len(bad):,} of {images.num_rows:,} images could not be read ({listed(bad)}); "
+            f"{len(unreadable):,} of {self.images.num_rows:,} images could not be read ({listed(unreadable)}); "
             f"they are listed in {name or self.root}/images.parquet"
         )
 
     def truncated_line(self, name: Path | str | None = None) -> str:
         """`2 of 41,621 images are cut off and were taken as far as they go (a.tif: its end is missing); ...`."""
-        images = self.images
-        truncated = [
-            f"{path}: {what}"
-            for path, what in zip(column(images, "path"), truncated_images(images), strict=True)
-            if what is not None
-        ]
+        truncated = self._named(truncated_images(self.images))
         return (
-            f"{len(truncated):,} of {images.num_rows:,} images are cut off and were taken as far as they go "
+            f"{len(truncated):,} of {self.images.num_rows:,} images are cut off and were taken as far as they go "
             f"({listed(truncated)}); the column truncated of {name or self.root}/images.parquet names them"
         )
+
+    def _named(self, found: Sequence[str | None]) -> list[str]:
+        """`a.tif: ...` for each image of which something is found."""
+        paths = column(self.images, "path")
+        return [f"{path}: {what}" for path, what in zip(paths, found, strict=True) if what is not None]
 
     def _repr_html_(self) -> str:
         return self.describe()._repr_html_()

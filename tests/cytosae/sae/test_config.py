@@ -84,8 +84,9 @@ def test_what_relu_learns_with_follows_the_wanted_l0() -> None:
     with pytest.raises(BadInput, match="clip_norm"):
         TrainConfig(clip_norm=-1.0, target_l0="auto")
     for name in ("token_set", "order", "precision", "frozen"):
+        wrong: dict[str, Any] = {name: "auto"}
         with pytest.raises(BadInput, match=f"{name} must be .*found 'auto'"):
-            TrainConfig(target_l0="auto", **{name: "auto"})  # type: ignore[arg-type]
+            TrainConfig(target_l0="auto", **wrong)
 
 
 def test_l1_and_a_wanted_l0_replace_each_other(tmp_path: Path) -> None:
