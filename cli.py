@@ -75,6 +75,15 @@ _USERS_DISK = {
 }
 
 
+def _is_folder_gone() -> bool:
+    """Is the working directory no longer there?"""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 class _Commands(dict[str, click.Command]):
     """The commands of a group by name, each imported when it is asked for."""
 
@@ -123,6 +132,10 @@ class _Entry(LazyGroup):
                 raise
             raise click.ClickException(advice) from None
         except OSError as error:
+            if error.errno == errno.ENOENT and _is_folder_gone():
+                raise click.ClickException(
+                    "the folder that this command was started in was removed or replaced; cd to it, or to another one"
+                ) from None
             if error.errno not in _USERS_DISK:
                 raise
             place, advice = error.filename or "the output", _USERS_DISK[error.errno]

@@ -73,10 +73,16 @@ def _what_was_asked(error: BaseException) -> str:
     """For instance: out of memory: 2.00 GiB more were asked for, of 79.11 GiB of the GPU 512.00 MiB are free."""
     text = str(error)
     asked, free = _ASKED.search(text), _FREE.search(text)
-    more = f": {asked[1] or asked[2]} more were asked for" if asked else ""
+    more = f": {_in_words(asked[1] or asked[2])} more were asked for" if asked else ""
     left = f", of {free[1]} of the GPU {free[2]} are free" if free else ""
     where = " on the GPU" if not free and "CUDA" in text else ""
     return f"out of memory{where}{more}{left}"
+
+
+def _in_words(size: str) -> str:
+    """PyTorch counts on the CPU in bytes: `14745600000000 bytes` is 13,732.91 GiB."""
+    number, unit = size.split(" ") if size.endswith(" bytes") else (size, "")
+    return f"{int(number) / 2**30:,.2f} GiB" if unit and int(number) >= 2**27 else size
 
 
 def _has_gpu() -> bool:

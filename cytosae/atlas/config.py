@@ -34,4 +34,6 @@ class AtlasConfig:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise BadInput(f"{name} must be at least {number}; found {getattr(self, name)}")
+        if self.top != AtlasConfig.top and self.pages != "top":
+            raise BadInput(f"top {self.top} has no effect with pages {self.pages}; choose --pages top, too")
         as_floats(self, "tau")

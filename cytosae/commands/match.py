@@ -21,7 +21,9 @@ from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, pro
     show_default=True,
     help="Correlation of activations over images; within: after the mean of each stratum is taken off.",
 )
-@click.option("--n-images", type=COUNT, default=2_000, show_default=True, help="Images to draw.")
+@click.option(
+    "--n-images", type=COUNT, default=2_000, show_default=True, help="Images to draw; the last stratum as a whole."
+)
 @click.option("--images", "old_n_images", type=COUNT, hidden=True, help="Old name of --n-images, for one release.")
 @click.option(
     "--only", type=FILE, help="List of image ids: draw these only, such as images held out in both trainings."

@@ -61,7 +61,7 @@ class MatchConfig:
     """
 
     by: str = "activation"  # within: after the mean of each stratum is taken off, so that types and patients are out
-    n_images: int = 2_000
+    n_images: int = 2_000  # to draw, stratum by stratum; the last one is drawn whole
     per_stratum: int = 16  # images of a stratum, at most
     strata: tuple[str, ...] = ("label", "patient")  # columns of the image table
     min_images: int = 5  # of those drawn, in which a latent must be active to be compared

@@ -495,7 +495,8 @@ def _initial_state(plan: TrainPlan, device: str, ranks: Ranks) -> TrainState:
     """
     data, config = plan.data, plan.config
     scale, b_dec = ranks.broadcast(_from_tokens(plan, device) if ranks.is_first else None)
-    model = new_model(data.width, config)
+    with memory_told("Lower --expansion"):  # nothing is saved yet
+        model = new_model(data.width, config)
     if plan.init_sae is not None:
         take_weights_(model, plan.init_sae, scale)
     else:

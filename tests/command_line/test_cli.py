@@ -340,6 +340,17 @@ def test_a_changed_image_table_is_not_trained_on(copied: Path, tmp_path: Path) -
     )
 
 
+def test_a_working_directory_that_was_removed(tmp_path: Path) -> None:
+    """As when somebody else tidies up, or a folder is made anew by a script: a line, not a traceback of imports."""
+    start = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec cyto barcode l.zarr -o b"
+    search = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-c", start], capture_output=True, text=True, check=False, env=os.environ | search)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "Error: the folder that this command was started in was removed or replaced; cd to it, or to another one\n"
+    )
+
+
 def test_places_that_cannot_be_written(made: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     fails("cannot use .*file", "cache", "extract", made / "images.csv", tmp_path / "file" / "a.zarr")

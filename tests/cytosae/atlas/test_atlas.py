@@ -39,7 +39,7 @@ from cytosae.relations.patient_z import as_z, describe_others, prediction_t
 from cytosae.review.items import ReviewConfig, _jpeg, estimate_pictures
 from cytosae.review.questions import read_review, sent
 from cytosae.search import SearchConfig, search_cells
-from stores import ConceptStore, LatentStore, ResultStore
+from stores import BadInput, ConceptStore, LatentStore, ResultStore
 from stores.csr import CsrRows
 from stores.files import sha256_file
 from stores.spec import ATLAS, COMPARISON
@@ -640,6 +640,12 @@ def test_all_and_top_pages(cohort: Cohort, tmp_path: Path) -> None:
 
 
 @pytest.mark.stress
+def test_a_number_of_top_pages_without_top_pages_is_refused() -> None:
+    with pytest.raises(BadInput, match="top 50 has no effect with pages selected; choose --pages top, too"):
+        AtlasConfig(top=50)
+    AtlasConfig(top=AtlasConfig.top, pages="all")  # as commands.sh of a run says it
+
+
 def test_a_repeated_build_is_complete_and_overwrite_replaces(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
     out = shutil.copytree(atlas, tmp_path / "atlas")
     again = cyto(*cohort.build, out)

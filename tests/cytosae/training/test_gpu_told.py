@@ -37,6 +37,8 @@ SAID = {
     "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`": "out of memory. Lower it",
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "64 bytes. Error code 12": "out of memory: 64 bytes more were asked for. Lower it",
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "14745600000000 bytes. Error code 12": "out of memory: 13,732.91 GiB more were asked for. Lower it",
 }
 
 
@@ -55,12 +57,20 @@ def test_out_of_memory_is_one_line(text: str) -> None:
 def test_what_numpy_and_torch_really_say_here() -> None:
     """And that other errors stay what they are."""
     for ask in (lambda: np.empty(1 << 50, np.float64), lambda: torch.empty(1 << 50)):
-        with pytest.raises(OutOfMemory, match=r"^out of memory: \d[\d.]* ?\w+ more were asked for\. Lower it$"):
+        with pytest.raises(OutOfMemory, match=r"^out of memory: \d[\d.,]* ?\w+ more were asked for\. Lower it$"):
             with memory_told("Lower it"):
                 ask()
     with pytest.raises(RuntimeError, match="sizes") as other, memory_told("Lower it"):
         raise RuntimeError("sizes differ")
     assert not is_out_of_memory(other.value)
+
+
+def test_an_sae_that_no_machine_holds(tmp_path: Path) -> None:
+    """Before the first step there is no state that a run could go on from: the line does not speak of one."""
+    cache = write_cache(tmp_path / "a.zarr", tokens_of_cells(3))
+    config = make_config(options={**SETTINGS, "expansion": 1 << 42})
+    with pytest.raises(OutOfMemory, match=r"^out of memory: [\d,]+\.\d\d GiB more were asked for\. Lower --expansion$"):
+        train([cache], tmp_path / "a.sae", config)
 
 
 def test_the_state_before_is_saved_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
