@@ -203,6 +203,19 @@ def test_intervals_cover(tmp_path: Path) -> None:
     assert np.mean(wider) < 1.15
 
 
+def test_values_that_are_not_counts_have_the_limits_of_welch_or_student() -> None:
+    """By scipy: Welch where the small group varies more; else Student, since no variance is below the pooled one."""
+    rng, is_a = np.random.default_rng(8), np.arange(36) < 6
+    spread = np.where(is_a[:, None], [[5.0, 0.2]], 1.0)
+    values = np.asarray(rng.normal(0, spread), np.float64)
+    found = intervals(values, [values], is_a)
+    for column, has_equal_variances in ((0, False), (1, True)):
+        a, b = values[is_a, column], values[~is_a, column]
+        limits = stats.ttest_ind(a, b, equal_var=has_equal_variances).confidence_interval()
+        assert found["difference_low"][column] == pytest.approx(limits.low)
+        assert found["difference_high"][column] == pytest.approx(limits.high)
+
+
 def test_the_interval_of_a_rare_difference_is_newcombes() -> None:
     """By solving for the limits of each group; where nobody of a group shows it, by what the others' counts vary."""
     values = np.zeros((30, 3))

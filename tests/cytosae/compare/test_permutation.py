@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from cytosae.compare import combine_draws, permutation_test
-from cytosae.compare.freedman_lane import residual_permutation_test
+from cytosae.compare.freedman_lane import residual_group, residual_permutation_test
 from cytosae.compare.permutation import PermutationTest
 from stores.errors import BadInput
 
@@ -279,6 +279,18 @@ def test_residuals_are_permuted_as_freedman_and_lane_say() -> None:
     assert np.array_equal(found.p_step_down, step_down)
     with pytest.raises(BadInput, match="tell the groups apart by themselves"):
         residual_permutation_test(values, is_a, np.where(is_a, 2.0, 0.0)[:, None], n_permutations=9, seed=0)
+
+
+def test_covariates_leave_at_least_two_degrees_of_freedom() -> None:
+    """8 patients in 2 strata, and the group itself: with 3 columns 2 are left, with 4 one. Equal columns count once."""
+    rng, is_a, strata = np.random.default_rng(4), np.arange(8) % 2 == 0, np.arange(8) // 4
+    columns = rng.standard_normal((8, 4))
+    _, base = residual_group(is_a, np.hstack([columns[:, :3], columns[:, :3] * 2 + 1]), strata)
+    assert base.shape == (8, 3)
+    with pytest.raises(BadInput, match="8 patients are too few for 4 columns of covariates"):
+        residual_group(is_a, columns, strata)
+    with pytest.raises(BadInput, match="tell the groups apart by themselves"):
+        residual_group(is_a, np.where(is_a, 1.0, 3.0)[:, None], strata)
 
 
 def test_draws_are_combined() -> None:
