@@ -101,6 +101,9 @@ def test_the_number_of_images_is_chosen_by_the_rule() -> None:
     assert choose_number(counts[:, None], is_a, np.ones(1), "auto") == [4]
     assert choose_number(np.full((40, 1), 50), is_a, np.ones(1), "auto") is None
     assert choose_number(counts[:, None], is_a, np.ones(1), "all") is None
+    of_types = choose_number(np.full((40, 3), 50), is_a, np.array([0.9, 0.08, 0.02]), 20)
+    assert of_types is not None
+    assert of_types.tolist() == [18, 2, 1]  # at least one of a rare type
     lopsided = np.where(is_a, 100, np.where(np.arange(40) % 2, 190, 10))  # medians are equal, noise is not
     assert choose_number(lopsided[:, None], is_a, np.ones(1), "auto") == [10]
 
