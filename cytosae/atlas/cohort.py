@@ -132,10 +132,6 @@ class Cohort:
         weights: Values = np.log((self.is_readable.sum() + 1) / (self.groups.n_images_with + 1)).clip(0)
         return weights.astype(np.float32)
 
-    def image_activations(self) -> Iterator[tuple[int, Row]]:
-        """(image_index, image activations) of every image."""
-        return _rows(self.barcodes, "image", self._tau, "mean")
-
     def values(self, latents: Ints) -> Values:
         """(n_patients, len(latents)) barcode values of some latents."""
         found = np.zeros((self.n_patients, len(latents)), np.float32)

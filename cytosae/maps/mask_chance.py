@@ -92,7 +92,6 @@ def chance_agreement(
                 ranked.ranks,
                 other,
                 ranked.unit_of,
-                0,
                 shifted[n_done + 1, number],
                 nothing,
             )
@@ -207,9 +206,7 @@ def _place_p(
             stop = min(first + step, len(tested))
             units = np.full((stop - first, ranked.n_units), 0.5)
             starts = ranked.starts[first : stop + 1]
-            fill_auroc(
-                starts, ranked.patches, ranked.ranks, masks, ranked.unit_of, first, np.empty(stop - first), units
-            )
+            fill_auroc(starts, ranked.patches, ranked.ranks, masks, ranked.unit_of, np.empty(stop - first), units)
             distance = units - 0.5
             scale = np.sqrt((distance**2).sum(axis=1))
             use = np.flatnonzero(tested[first:stop] & (scale > 1e-9))

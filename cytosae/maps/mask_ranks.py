@@ -177,7 +177,7 @@ def mask_agreement(ranked: RankedValues, foreground: Bool, half: Int) -> MaskAgr
     n_latents = len(ranked.starts) - 1
     auroc, iou, threshold = (np.full(n_latents, np.nan) for _ in range(3))
     nothing = np.zeros((0, 0))
-    fill_auroc(ranked.starts, ranked.patches, ranked.ranks, foreground, ranked.unit_of, 0, auroc, nothing)
+    fill_auroc(ranked.starts, ranked.patches, ranked.ranks, foreground, ranked.unit_of, auroc, nothing)
     _fill_iou(ranked.starts, ranked.by_value, ranked.patches_by_value, foreground, half[ranked.unit_of], iou, threshold)
     return MaskAgreement(auroc, iou if half.any() else np.full(n_latents, np.nan), threshold)
 
@@ -197,9 +197,7 @@ def count_images(starts: Any, patches: Any, n_per_image: int) -> Any:
 
 
 @numba.njit(cache=True)
-def fill_auroc(
-    starts: Any, patches: Any, ranks: Any, foreground: Any, unit_of: Any, first_latent: int, auroc: Any, units: Any
-) -> None:
+def fill_auroc(starts: Any, patches: Any, ranks: Any, foreground: Any, unit_of: Any, auroc: Any, units: Any) -> None:
     """Fill auroc (n_latents,), and units (n_latents, n_units) unless that is empty; unknown entries stay unchanged.
 
     The entries of a latent are sorted by image, and so by unit: one pass.

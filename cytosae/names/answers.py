@@ -96,7 +96,7 @@ def one_line(what: str, said: object, *, folds: bool = False) -> str:
     return text
 
 
-def source_name(said: object, what: str = "given_by") -> str:
+def source_name(said: object) -> str:
     """The name of who answers.
 
     Raises
@@ -104,9 +104,9 @@ def source_name(said: object, what: str = "given_by") -> str:
     Unfit
         If it is empty, too long or not printable.
     """
-    name = one_line(what, said)
+    name = one_line("given_by", said)
     if not name:
-        raise Unfit(f"its {what} is empty")
+        raise Unfit("its given_by is empty")
     return name
 
 

@@ -6,7 +6,7 @@ from stores.errors import BadInput
 from stores.spec import as_floats, check_choice
 
 FINGERPRINT, BARCODE, REGION, TOKENS, CLS = "fingerprint", "barcode", "region", "tokens", "cls"
-OF_LATENTS, OF_TOKENS = (FINGERPRINT, BARCODE), (TOKENS, CLS)
+OF_LATENTS = (FINGERPRINT, BARCODE)
 WEIGH = ("rarity", "none")
 LABELS = ("label", "label_common")  # columns of the image table that an evaluation looks at
 

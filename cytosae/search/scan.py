@@ -24,7 +24,7 @@ from stores.tables import STATUS_OK
 from .config import BARCODE, FINGERPRINT, REGION
 from .together import rarity
 
-BLOCK = 1 << 22  # nonzeros of a block: 32 MiB, and as much again while it is decoded
+_BLOCK = 1 << 22  # nonzeros of a block, about: 32 MiB, and as much again while it is decoded
 _MOST_ROWS = 1 << 15
 LAYERS = {FINGERPRINT: "mean", BARCODE: "X", REGION: "max"}  # what of image.zarr each way reads
 Float32s = npt.NDArray[np.float32]
@@ -113,12 +113,10 @@ def scan(
     reader: CsrReader,
     score: Callable[[CsrRows], Float32s],
     *,
-    block: int = BLOCK,
     progress: Progress = lambda done, total, state: None,
 ) -> Iterator[tuple[int, Float32s]]:
     """(first image, scores) of every block of images, in order; scores are what `score` makes of the block's rows.
 
-    block : nonzeros of a block, about
     progress : images compared, images in all
 
     Raises
@@ -126,7 +124,7 @@ def scan(
     DamagedStore
         If a chunk is damaged or missing.
     """
-    bounds = blocks_of(reader, block)
+    bounds = blocks_of(reader, _BLOCK)
     n_threads = n_cores()
 
     def task(first: int, last: int) -> Float32s:
