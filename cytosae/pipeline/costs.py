@@ -12,7 +12,20 @@ from cytosae.stage_one import FirstLook
 
 from .cohort import CohortFacts
 from .recipe import Recipe
-from .stages import Stage
+from .stages import (
+    ATLAS,
+    BARCODES,
+    CACHE,
+    COMPARE,
+    CONCEPTS,
+    LATENTS,
+    PROBE,
+    SAE_FOLDER,
+    SECOND_SAE,
+    SELECTION,
+    STABILITY,
+    Stage,
+)
 
 _SECONDS, _LEAST = 0.15, 7  # of the measurement, about, and its least number of products
 _TRAIN_PRODUCTS, _ENCODE_PRODUCTS = 6.0, 1.6  # products of (tokens, width) x (width, latents) that a token costs
@@ -61,27 +74,27 @@ def stage_cost(
     l0 = _l0(recipe)
     rate = rate or 1e6
     entries = n_images * min(n_latents, 12 * l0)
-    kind = stage.out.split("/")[0] if stage.name != "select" else "select"
+    kind = stage.out if stage.out == SELECTION else stage.out.split("/")[0]  # of two comparisons both are "compare"
     chunk = int(recipe.extract.get("chunk_images") or 256)
     n_padded = -(-n_images // chunk) * min(chunk, n_images) if n_images > chunk else n_images
     costs = {
-        "cells.acts.zarr": (
+        CACHE: (
             look.seconds_to_start + n_images * look.seconds_per_image,
             2.0 * n_padded * per_image * look.width,
         ),
-        "cells.sae": (_training_seconds(recipe, n_tokens, rate), 8.0 * n_latents * look.width),
-        "second_seed.sae": (_training_seconds(recipe, n_tokens, rate), 8.0 * n_latents * look.width),
-        "cells.latents.zarr": (1 + _ENCODE_PRODUCTS * n_tokens / rate, _BYTES_PER_VALUE * l0 * n_tokens),
-        "cells.barcodes": (_START + 4e-7 * l0 * n_tokens, _ENTRY_BYTES * entries),
-        "cells.concepts": (_START + 4e-7 * l0 * n_tokens + 2e-4 * n_latents, 300.0 * n_latents * len(facts.datasets)),
-        "select": (1.0, 1e4),
-        "compare": (2 + 5e-7 * n_latents * max(20, facts.n_patients) * 30, 200.0 * n_latents),
-        "probe": (10.0 if stage.name == "probe disease" else 5 + 0.02 * min(n_images, 1000), 2e6),
-        "stability": (2 + n_latents**2 * look.width * 4 / 1e11, 100.0 * n_latents),
-        "atlas": (3 + 0.012 * min(n_images, 3000), 3e6 + 2.5e4 * min(n_images, 3000)),
+        SAE_FOLDER: (_training_seconds(recipe, n_tokens, rate), 8.0 * n_latents * look.width),
+        SECOND_SAE: (_training_seconds(recipe, n_tokens, rate), 8.0 * n_latents * look.width),
+        LATENTS: (1 + _ENCODE_PRODUCTS * n_tokens / rate, _BYTES_PER_VALUE * l0 * n_tokens),
+        BARCODES: (_START + 4e-7 * l0 * n_tokens, _ENTRY_BYTES * entries),
+        CONCEPTS: (_START + 4e-7 * l0 * n_tokens + 2e-4 * n_latents, 300.0 * n_latents * len(facts.datasets)),
+        SELECTION: (1.0, 1e4),
+        COMPARE: (2 + 5e-7 * n_latents * max(20, facts.n_patients) * 30, 200.0 * n_latents),
+        PROBE: (10.0 if stage.name == "probe disease" else 5 + 0.02 * min(n_images, 1000), 2e6),
+        STABILITY: (2 + n_latents**2 * look.width * 4 / 1e11, 100.0 * n_latents),
+        ATLAS: (3 + 0.012 * min(n_images, 3000), 3e6 + 2.5e4 * min(n_images, 3000)),
     }
     seconds, n_bytes = costs[kind]
-    is_open = kind in ("cells.sae", "second_seed.sae") and not recipe.uses_sae and recipe.train_config.tokens == "auto"
+    is_open = kind in (SAE_FOLDER, SECOND_SAE) and not recipe.uses_sae and recipe.train_config.tokens == "auto"
     return Cost(seconds=seconds, n_bytes=n_bytes, is_open=is_open)
 
 

@@ -25,7 +25,8 @@ BARCODES, CONCEPTS, ATLAS = "cells.barcodes", "cells.concepts", "atlas"
 SELECTION = f"{CONCEPTS}/selection.parquet"
 COMPARE, PROBE, SECOND_SAE, STABILITY = "compare", "probe", "second_seed.sae", "stability"
 VERSUS = "versus"  # no stage: cyto sae versus may write it there, and the report shows it
-# no stages: other commands may write these there, and the atlas shows those of this run's SAE and latents
+# no stages: other commands may write these there, and the atlas shows those of this run's SAE and latents; name of the
+# folder, of the argument of `build_atlas`, and of the option of cyto atlas build
 EVIDENCE = {"neighbours": NEIGHBOURS, "causes": ABLATION, "score": SCORECARD, "masks": MASKS, "names": NAMES}
 
 
@@ -51,9 +52,8 @@ class RunContext:
     download_progress: Progress = _silent
     progress: Progress = _silent  # of the stage at work
     resources: ExitStack = field(default_factory=ExitStack)
-    left_out: set[str] = field(
-        default_factory=set
-    )  # outputs of stages that the data do not allow; old ones may lie there
+    # outputs of stages that the data do not allow; old ones may lie there
+    left_out: set[str] = field(default_factory=set)
 
     @cached_property
     def client(self) -> Any:
@@ -439,7 +439,7 @@ def _build_atlas(context: RunContext, overwrite: bool) -> Report:
     places = [context.path(name) for name in names if name not in context.left_out]
     has_stability = _has_second_seed(context.recipe) and STABILITY not in context.left_out
     stability = context.path(STABILITY) if has_stability else None
-    evidence = {name: context.path(name) for name in evidence_in(context.out)}
+    evidence: dict[str, Any] = {name: context.path(name) for name in evidence_in(context.out)}
     return build_atlas(
         context.path(BARCODES),
         context.path(CONCEPTS),
@@ -448,11 +448,7 @@ def _build_atlas(context: RunContext, overwrite: bool) -> Report:
         context.recipe.atlas_config,
         comparisons=[place for place in places if find_header(place) is not None],
         stability=None if stability is None or find_header(stability) is None else stability,
-        neighbours=evidence.get("neighbours"),
-        causes=evidence.get("causes"),
-        score=evidence.get("score"),
-        masks=evidence.get("masks"),
-        names=evidence.get("names"),
+        **evidence,
         stage_one=context.stage_one,
         overwrite=overwrite,
         progress=context.progress,

@@ -338,9 +338,7 @@ class Training:
     logged_step: int  # the step of the last row of metrics,
     logged_at: float  # and its time.perf_counter(), for tokens per second
     saved_at: float  # `saver.now()` when a state was last saved, or the run was opened
-    n_dead: int | None = (
-        None  # dead latents before the next step; None: not known (on a GPU the host would wait for it)
-    )
+    n_dead: int | None = None  # dead latents before the next step; None: not known (a GPU's host would wait for it)
     watch: Watch | None = None  # tokens "auto": the held-out tokens that decide when to stop
     loggers: list[Logger] = field(default_factory=list)
     is_between_steps: bool = True  # False while a step changes the state
