@@ -32,7 +32,7 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
         "versions": {
             "python": platform.python_version(),
             "cyto": VERSION,
-            **{name: _version(name) for name in packages},
+            **{name: package_version(name) for name in packages},
         },
         **({} if shard.is_only else {"shard": str(shard)}),
         **facts,
@@ -99,7 +99,8 @@ def _versions(run: dict[str, Any]) -> dict[str, Any]:
     return versions if isinstance(versions, dict) else {}
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Of an installed package, or `unknown`."""
     try:
         return version(package)
     except PackageNotFoundError:

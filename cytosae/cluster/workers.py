@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from stores.errors import BadInput, ClusterLost, CytoError
 from stores.files import sha256_file
 from stores.latent_store import remote_rows
 from stores.progress import Progress
+from stores.runlog import package_version
 from stores.spec import FORMATS, cyto_version
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def describe() -> dict[str, str]:
         "Python": ".".join(platform.python_version_tuple()[:2]),
         "cyto": cyto_version(),
         "formats": ", ".join(f"{format.kind} {format.version}" for format in FORMATS.values()),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: package_version(name) for name in _PACKAGES},
         "code of cyto": source[:12],
     }
 
@@ -273,10 +273,3 @@ def _sha256(path: Path) -> str | None:
         return sha256_file(path)
     except OSError:
         return None
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -1,11 +1,11 @@
 """cyto barcode: latents to barcodes of images, patients and diseases."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
-from cytosae.commands.shared import dask_client, dask_options
+from cytosae.commands.shared import CommandWithCommands, dask_client, dask_options
 from stores.console import FILE, SEED, STORE, TOKEN_SETS, overwrite_option, progress_line, say_done, tell
 
 
@@ -42,17 +42,8 @@ class _Tau(click.ParamType):
         return "auto" if value == "auto" else click.FLOAT.convert(value, param, ctx)
 
 
-class _Barcode(click.Command):
-    """`cyto barcode LATENTS...` counts; `cyto barcode export` is a separate command."""
-
-    commands = {"export": barcode_export}  # noqa: RUF012  # as a group has them, for the reference
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        if args and (command := self.commands.get(args[0])):
-            return command.make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
-        return super().make_context(info_name, args, parent=parent, **extra)
+class _Barcode(CommandWithCommands):
+    commands: ClassVar[dict[str, click.Command]] = {"export": barcode_export}
 
 
 @click.command(cls=_Barcode)

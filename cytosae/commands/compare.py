@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import click
 
+from cytosae.commands.shared import CommandWithCommands
 from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, progress_line, say_done, tell
 
 
@@ -80,17 +81,8 @@ def compare_replicate(
         tell(done)
 
 
-class _Compare(click.Command):
-    """`cyto compare BARCODES A B` compares; `cyto compare replicate` is a separate command."""
-
-    commands: ClassVar[dict[str, click.Command]] = {"replicate": compare_replicate}  # as a group has them
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        if args and (command := self.commands.get(args[0])):
-            return command.make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
-        return super().make_context(info_name, args, parent=parent, **extra)
+class _Compare(CommandWithCommands):
+    commands: ClassVar[dict[str, click.Command]] = {"replicate": compare_replicate}
 
 
 @click.command("compare", cls=_Compare)

@@ -1,11 +1,11 @@
-"""What several commands of stage two share: a Dask cluster, images of latent stores, how maps are drawn."""
+"""What several commands of stage two share: commands below a command, a Dask cluster, images, how maps are drawn."""
 
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import click
 
@@ -25,6 +25,19 @@ class Bridges(Protocol):
     @property
     def stage_one(self) -> "StageOne":
         """Images and the backbone: `cytocache.bridge`."""
+
+
+class CommandWithCommands(click.Command):
+    """A command with arguments of its own, and commands below it: `cyto barcode LATENTS...`, `cyto barcode export`."""
+
+    commands: ClassVar[dict[str, click.Command]]  # as a group has them, for the reference
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args and (command := self.commands.get(args[0])):
+            return command.make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
+        return super().make_context(info_name, args, parent=parent, **extra)
 
 
 def dask_options(command: Any) -> Any:

@@ -30,7 +30,7 @@ from .folds import FEW_GROUPS
 from .intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, possible, scores_of_draws
 from .result import ProbeTest
 from .saved_model import Card, ProbeModel, check_barcodes, check_unseen, image_hashes, read_model, units_config
-from .scores import METRICS, class_scores, confusion_matrix, score
+from .scores import METRICS, class_scores, confusion_matrix, finite_or_none, score
 from .units import NewUnits, UnitConfig, Where, read_test_units
 
 Float = npt.NDArray[np.float64]
@@ -252,7 +252,7 @@ def _scores(predictions: dict[str, Float], card: Card, rows: Rows, seed: int) ->
         if name != "barcode":
             differences = {key: drawn["barcode"][key] - values for key, values in drawn[name].items()}
             methods[name]["barcode_minus_this"] = {
-                key: {"difference": _finite(values[0]), **interval(values, WIDER)}
+                key: {"difference": finite_or_none(values[0]), **interval(values, WIDER)}
                 for key, values in differences.items()
             }
     sizes, times = np.bincount(labels, minlength=len(card.classes)), Counter(groups.tolist())
@@ -308,7 +308,7 @@ def _of_method(p: Float, labels: Ints, classes: list[str], drawn: dict[str, Floa
     scores = score(confusion)
     return {
         **{name: scores[name] for name in METRICS},
-        **{key: _finite(drawn[key][0]) for key in ("auroc", "auprc", "log_loss", "brier")},
+        **{key: finite_or_none(drawn[key][0]) for key in ("auroc", "auprc", "log_loss", "brier")},
         "calibration_error": calibration_error(bins),
         "calibration": bins,
         "interval": {key: possible(key, interval(values, WIDER)) for key, values in drawn.items()},
@@ -335,7 +335,3 @@ def _predictions_table(predictions: dict[str, Float], card: Card, units: NewUnit
         )
         for name, p in predictions.items()
     )
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -14,7 +14,7 @@ from .cross_validation import Repeat
 from .figures import plot_confusion, plot_curve, plot_methods
 from .folds import FEW_CHANGED, free_share
 from .intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, possible, scores_of_draws
-from .scores import METRICS, class_scores, confusion_matrix, score, summarize
+from .scores import METRICS, class_scores, confusion_matrix, finite_or_none, score, summarize
 from .units import Units, shared_groups
 
 Float = npt.NDArray[np.float64]
@@ -203,19 +203,16 @@ def _with_intervals(methods: dict[str, Any], found: Found, about: dict[str, Any]
         bins = calibration(predictions[name], labels)
         scores["n_repeats"] = len(predictions[name])
         scores |= {key: float(drawn[name][key][0]) for key in ("log_loss", "brier")}
-        scores |= {key: _finite(drawn[name][key][0]) for key in ("auroc", "auprc")}
+        scores |= {key: finite_or_none(drawn[name][key][0]) for key in ("auroc", "auprc")}
         scores |= {"calibration_error": calibration_error(bins), "calibration": bins, "n_draws": N_DRAWS}
         scores["interval"] = {key: possible(key, interval(values)) for key, values in drawn[name].items()}
         if name != BARCODE:
             differences = {key: drawn[BARCODE][key] - values for key, values in drawn[name].items()}
             scores["barcode_minus_this"] = {
-                key: {"difference": _finite(values[0]), **interval(values)} for key, values in differences.items()
+                key: {"difference": finite_or_none(values[0]), **interval(values)}
+                for key, values in differences.items()
             }
     return methods
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _unchanged_warning(share_changed: float, units: Units, null: str) -> str:

@@ -47,6 +47,11 @@ def summarize(values: list[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": spread, "values": [float(value) for value in values]}
 
 
+def finite_or_none(value: float) -> float | None:
+    """As JSON and tables keep a number that may be NaN or infinite: None."""
+    return float(value) if np.isfinite(value) else None
+
+
 def _by_class(confusion: Ints) -> tuple[npt.NDArray[np.float64], ...]:
     hits = confusion.diagonal().astype(np.float64)
     support, claimed = confusion.sum(1), confusion.sum(0)

@@ -111,15 +111,15 @@ def recommendation(table: Sequence[Row], settings: Sequence[str]) -> str:
         "The least error on the held-out images among settings of comparable L0 (within a factor of two). Unexplained: "
         "the share of their variance; more active latents always leave less, so compare within a line.",
         "",
-        _line(columns),
-        _line(["---"] * (1 + len(names)) + ["---:"] * 4),
+        table_line(columns),
+        table_line(["---"] * (1 + len(names)) + ["---:"] * 4),
     ]
     for band in bands:
         best = band.best
         name = f"{band.low:g} to {band.high:g}" + ("" if band.is_healthy else " (not healthy)")
         second = f"{unexplained(band.rows[1]):.4f}" if len(band.rows) > 1 else "-"
         cells = [f"**{name}**" if band.is_recommended else name, *(setting_text(best[each]) for each in names)]
-        lines.append(_line([*cells, f"{best[_X]:.1f}", f"{unexplained(best):.4f}", second, str(len(band.rows))]))
+        lines.append(table_line([*cells, f"{best[_X]:.1f}", f"{unexplained(best):.4f}", second, str(len(band.rows))]))
     lines.append("")
     for caches in dict.fromkeys(band.caches for band in bands):
         lines.append(_sentence(caches if several else "", [band for band in bands if band.caches == caches], names))
@@ -142,5 +142,6 @@ def _sentence(caches: str, bands: Sequence[Band], names: Sequence[str]) -> str:
     )
 
 
-def _line(cells: Sequence[str]) -> str:
+def table_line(cells: Sequence[str]) -> str:
+    """A line of a table in Markdown."""
     return f"| {' | '.join(cells)} |"

@@ -18,7 +18,7 @@ from stores.tables import listed, parquet_bytes
 from stores.verify_any import sweep_sha256
 
 from .grid import setting_text
-from .recommend import recommendation
+from .recommend import recommendation, table_line
 
 Row = dict[str, Any]
 FORMAT, VERSION = "sweep", 1
@@ -228,14 +228,16 @@ def as_markdown(table: Sequence[Row], varied: Sequence[str]) -> str:
         )
         + ".",
         "",
-        _line([*settings, "SAEs", *columns, "failed"]),
-        _line(["---"] * len(settings) + ["---:"] * (1 + len(columns)) + ["---"]),
+        table_line([*settings, "SAEs", *columns, "failed"]),
+        table_line(["---"] * len(settings) + ["---:"] * (1 + len(columns)) + ["---"]),
     ]
     for row in table:
         n_all = row["n"] + row["n_failed"] + row["n_unfinished"]
         count = str(row["n"]) if row["n"] == n_all else f"{row['n']} of {n_all}"
         numbers = [_with_sd(row[f"{name}_mean"], row[f"{name}_sd"], form) for name, form in columns.values()]
-        lines.append(_line([*(setting_text(row[name]) for name in settings), count, *numbers, row["failures"] or ""]))
+        lines.append(
+            table_line([*(setting_text(row[name]) for name in settings), count, *numbers, row["failures"] or ""])
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -247,10 +249,6 @@ def _with_sd(mean: float | None, sd: float | None, form: str) -> str:
     if mean is None:
         return "n/a"
     return f"{mean:{form}}" + ("" if sd is None else f" ± {sd:{form}}")
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _arrow(rows: Sequence[Row]) -> pa.Table:
