@@ -34,7 +34,7 @@ from .cell_choice import CellChoice, choose_cells
 from .cell_maps import Marks
 from .cohort import Cohort
 from .concept_maps import Maps
-from .concept_pages import image_name, write_concept_pages
+from .concept_pages import write_concept_pages
 from .concept_table import concept_table
 from .config import AtlasConfig
 from .disease_pages import write_disease_pages, write_families
@@ -255,18 +255,17 @@ def write_atlas(
 
     began = time.time_ns()
     site = Site(writer.root)
-    maps, gallery = _maps(inputs, plan, site.root), make_gallery(inputs, cohort, plan)
-    shared = _shared(inputs, cohort, config, maps)
-    frames = _frames(inputs, cohort, plan, choice, maps, shared)
+    frames, gallery = _frames(inputs, config, cohort, choice, plan, site.root), make_gallery(inputs, cohort, plan)
     pairs = _pairs(frames)
     n_steps = 2 * len(plan.images) + len(plan.pictured) + 2 * len(plan.latents) + cohort.n_patients
     n_before = 0
-    pictures = written_pictures(writer.root, plan, maps.unseen)
+    unseen = frames.maps.unseen
+    pictures = written_pictures(writer.root, plan, unseen)
     for n_all, steps in (
-        (2 * len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks)),
-        (len(plan.pictured), write_pictured(site, inputs, plan, config, maps)),
+        (2 * len(plan.images), write_images(site, frames)),
+        (len(plan.pictured), write_pictured(site, frames)),
         (len(plan.latents), write_cards(site, plan, gallery.images, pictures)),  # of the pictures above
-        (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared, pairs=pairs)),
+        (len(plan.latents), write_concept_pages(site, frames, pairs=pairs)),
         (cohort.n_patients, write_patient_pages(site, frames)),
     ):
         for done in steps:
@@ -274,12 +273,12 @@ def write_atlas(
         n_before += n_all
     _write_other_pages(site, frames, gallery, pairs)
     write_saved_rows(site, frames)
-    _write_provenance(site, inputs, writer.header.spec, shared, identity=writer.header.identity)
+    _write_provenance(site, frames, writer.header.spec, identity=writer.header.identity)
     copy_static(site)
 
     writer.write_table(CONCEPTS, concept_table(frames))
     site.take_in_file(f"{CONCEPTS}.parquet")
-    writer.write_json(REVIEW_FILE, _review(inputs, cohort, plan, config, writer.root))
+    writer.write_json(REVIEW_FILE, _review(frames, writer.root))
     site.take_in(REVIEW_PICTURES)
     writer.write_table("files", site.table())
     if pseudonyms is not None:
@@ -288,12 +287,11 @@ def write_atlas(
         out=out,
         is_written=True,
         pseudonyms=config.pseudonyms,
-        counts=_counts(inputs, cohort, plan),
+        counts=_counts(frames),
         n_files=site.n_files(),
         n_bytes=site.n_bytes(),
         unseen=[
-            f"{image_name(inputs, plan, image, is_hidden=config.pseudonyms)}: {maps.unseen[image]}"
-            for image in sorted(maps.unseen, key=plan.number_of.__getitem__)
+            f"{frames.image_name(image)}: {unseen[image]}" for image in sorted(unseen, key=plan.number_of.__getitem__)
         ],
     )
     sae = inputs.stores[0].spec.sae_sha256
@@ -342,21 +340,18 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
     few = (
         plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
     )
-    maps, gallery = _maps(inputs, plan, None), make_gallery(inputs, cohort, plan)
-    shared = _shared(inputs, cohort, config, maps)
-    frames = _frames(inputs, cohort, plan, choice, maps, shared)
+    frames, gallery = _frames(inputs, config, cohort, choice, plan, None), make_gallery(inputs, cohort, plan)
     if few is not None:
-        _run(write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks, chosen=few))
-    n_pictured = sum(1 for _ in write_pictured(site, inputs, plan, config, maps, most=_SAMPLE))
+        _run(write_images(site, frames, chosen=few))
+    n_pictured = sum(1 for _ in write_pictured(site, frames, most=_SAMPLE))
     _run(write_cards(site, plan, gallery.images, original_pictures(inputs, config.pixels), most=_SAMPLE))
     pairs = _pairs(frames)
-    _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, pairs=pairs, most=_SAMPLE))
+    _run(write_concept_pages(site, frames, pairs=pairs, most=_SAMPLE))
     _run(write_patient_pages(site, frames, most=_SAMPLE))
     _write_other_pages(site, frames, gallery, pairs)
-    _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
+    _write_provenance(site, frames, _spec(inputs, config, plan, None), identity="")
     copy_static(site)
     site.write(f"{CONCEPTS}.parquet", bytes(parquet_bytes(concept_table(frames))))  # most of its maps are still empty
-    counts = _counts(inputs, cohort, plan)
     wanted = {
         "images/": len(plan.images),
         "pictures/": (len(plan.images) + len(plan.pictured))
@@ -377,12 +372,12 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         per_value = (of_few - _EMPTY_IMAGE * len(few)) / n_in_few if n_in_few else 4.0
         n_bytes += round(_EMPTY_IMAGE * len(plan.images) + per_value * _n_values(inputs, plan.images)) - of_few
         n_files += len(plan.images) - len(few)
-    of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(inputs, cohort, plan, config), most=_SAMPLE)
+    of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(frames), most=_SAMPLE)
     return AtlasResult(
         out=out,
         is_written=False,
         pseudonyms=config.pseudonyms,
-        counts=counts,
+        counts=_counts(frames),
         n_files=n_files + of_rows[0] + of_review[0],
         n_bytes=n_bytes + of_rows[1] + of_review[1],
         unseen=[],
@@ -424,6 +419,23 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
         **asdict(replace(config, tau=inputs.tau)),
         **({} if pseudonyms is None else {"pseudonyms_key_sha256": pseudonyms.fingerprint}),
     }
+
+
+def _frames(
+    inputs: Inputs, config: AtlasConfig, cohort: Cohort, choice: CellChoice, plan: Plan, folder: Path | None
+) -> Frames:
+    """All that pages are drawn from; maps and marks are still empty. folder : that of an atlas that is written."""
+    maps = _maps(inputs, plan, folder)
+    return Frames(
+        inputs=inputs,
+        config=config,
+        cohort=cohort,
+        plan=plan,
+        choice=choice,
+        marks=Marks(choice.marks, inputs.stores[0].layout.n_patches),
+        maps=maps,
+        shared=_shared(inputs, cohort, config, maps),
+    )
 
 
 def _shared(inputs: Inputs, cohort: Cohort, config: AtlasConfig, maps: Maps) -> dict[str, Any]:
@@ -468,20 +480,13 @@ def _maps(inputs: Inputs, plan: Plan, folder: Path | None) -> Maps:
     return Maps(len(plan.mapped[0]), layout.n_patches, folder, kinds=kinds)
 
 
-def _frames(
-    inputs: Inputs, cohort: Cohort, plan: Plan, choice: CellChoice, maps: Maps, shared: dict[str, Any]
-) -> Frames:
-    marks = Marks(choice.marks, inputs.stores[0].layout.n_patches)
-    return Frames(inputs=inputs, cohort=cohort, plan=plan, choice=choice, marks=marks, maps=maps, shared=shared)
-
-
 def _pairs(frames: Frames) -> Pairs | None:
     return None if frames.inputs.other is None else find_pairs(frames, frames.inputs.other)
 
 
 def _write_other_pages(site: Site, frames: Frames, gallery: Gallery, pairs: Pairs | None) -> None:
     """The pages whose number does not grow with images or patients."""
-    write_overview(site, frames.inputs, frames.cohort, frames.plan, gallery, frames.maps, frames.shared)
+    write_overview(site, frames, gallery)
     write_patient_list(site, frames)
     write_disease_pages(site, frames)
     write_families(site, frames)
@@ -497,40 +502,38 @@ def _write_other_pages(site: Site, frames: Frames, gallery: Gallery, pairs: Pair
     )
 
 
-def _write_provenance(
-    site: Site, inputs: Inputs, spec: dict[str, Any], shared: dict[str, Any], *, identity: str
-) -> None:
+def _write_provenance(site: Site, frames: Frames, spec: dict[str, Any], *, identity: str) -> None:
     stores = [
         {
             "what": what,
-            "name": "" if shared["pseudonyms"] else name,  # a folder name may contain a patient's name
+            "name": "" if frames.config.pseudonyms else name,  # a folder name may contain a patient's name
             "identity": header.identity,
             "created_by": header.created_by,
             "spec": header.spec,
             "hashes": _hashes(header.summary or {}),
         }
-        for what, name, header in inputs.headers
+        for what, name, header in frames.inputs.headers
     ]
-    site.page("provenance.html", "provenance.html", **shared, identity=identity, spec=spec, stores=stores)
+    site.page("provenance.html", "provenance.html", **frames.shared, identity=identity, spec=spec, stores=stores)
 
 
-def _review(inputs: Inputs, cohort: Cohort, plan: Plan, config: AtlasConfig, folder: Path) -> dict[str, Any]:
+def _review(frames: Frames, folder: Path) -> dict[str, Any]:
     """The questions of `cyto atlas serve` and their pictures; no patient and no image is named in them."""
     return make_review(
-        inputs.concepts,
-        inputs.sources,
+        frames.inputs.concepts,
+        frames.inputs.sources,
         folder,
-        **_asked(inputs, cohort, plan, config),
+        **_asked(frames),
     ).content  # images that cannot be shown are already listed for the pages
 
 
-def _asked(inputs: Inputs, cohort: Cohort, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
+def _asked(frames: Frames) -> dict[str, Any]:
     """The arguments that the review and its estimate share."""
     return {
-        "config": ReviewConfig(seed=config.seed),
-        "selection": read_selection(inputs.concepts) if plan.selection else None,
-        "comparisons": inputs.comparisons,
-        "examples": lambda latents: _of_each_tenth(inputs, cohort, config, latents),
+        "config": ReviewConfig(seed=frames.config.seed),
+        "selection": read_selection(frames.inputs.concepts) if frames.plan.selection else None,
+        "comparisons": frames.inputs.comparisons,
+        "examples": lambda latents: _of_each_tenth(frames.inputs, frames.cohort, frames.config, latents),
     }
 
 
@@ -555,13 +558,13 @@ def _hashes(summary: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _counts(inputs: Inputs, cohort: Cohort, plan: Plan) -> dict[str, int]:
+def _counts(frames: Frames) -> dict[str, int]:
     return {
-        "concepts": len(plan.latents),
-        "images": len(plan.images),
-        "patients": cohort.n_patients,
-        "diseases": len(cohort.diseases),
-        "pairs": len(inputs.comparisons),
+        "concepts": len(frames.plan.latents),
+        "images": len(frames.plan.images),
+        "patients": frames.cohort.n_patients,
+        "diseases": len(frames.cohort.diseases),
+        "pairs": len(frames.inputs.comparisons),
     }
 
 

@@ -66,6 +66,11 @@ class Cohort:
         """Number of patients with a readable image."""
         return len(self.names)
 
+    def disease_name(self, patient: int) -> str:
+        """The disease of a patient; "" without one."""
+        number = int(self.disease_of[patient])
+        return "" if number < 0 else self.diseases[number]
+
     @cached_property
     def patient_of(self) -> Ints:
         """(n_images,) number of the patient of each image; -1 without a patient."""

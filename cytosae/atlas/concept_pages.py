@@ -14,14 +14,14 @@ from stores.errors import DamagedStore
 
 from .cohort import Cohort, Values
 from .comparisons import pair_of
-from .concept_maps import Maps, packed_map, share_of
+from .concept_maps import packed_map, share_of
 from .drawings import Bars, Strip, histogram_bars, strip_of, strip_ticks
 from .evidence import Evidence
 from .examples import BIN_EDGES, DECILES
+from .frames import Frames
 from .inputs import Inputs
 from .lies_on import Maps8, Share
 from .matched_concepts import Pairs
-from .plan import Plan
 from .sentence import Clause, Facts, place_of, same_patch_of, sentence
 from .site import Site, short, whole
 
@@ -30,15 +30,7 @@ _LISTED_PATIENTS = 20
 
 
 def write_concept_pages(
-    site: Site,
-    inputs: Inputs,
-    cohort: Cohort,
-    plan: Plan,
-    maps: Maps,
-    shared: dict[str, Any],
-    *,
-    pairs: Pairs | None = None,
-    most: int | None = None,
+    site: Site, frames: Frames, *, pairs: Pairs | None = None, most: int | None = None
 ) -> Iterator[int]:
     """Write the pages of all latents of the plan (or the first `most`); yields the number written so far.
 
@@ -46,6 +38,7 @@ def write_concept_pages(
     ----------
     pairs : each concept's match in another atlas
     """
+    inputs, cohort, plan = frames.inputs, frames.cohort, frames.plan
     latents = plan.latents if most is None else plan.latents[:most]
     statistics = {name: inputs.concepts.latents(name).to_pydict() for name in inputs.concepts.datasets}
     neighbours = _Neighbours(inputs)
@@ -56,7 +49,7 @@ def write_concept_pages(
         n_latents=inputs.n_latents,
         pairs={each.header.identity: pair for each, (pair, _) in zip(inputs.comparisons, comparisons, strict=True)},
     )
-    pages = _Pages(inputs, cohort, plan, maps, is_hidden=shared["pseudonyms"])
+    pages = _Pages(frames)
     for first in range(0, len(latents), _BATCH):
         batch = latents[first : first + _BATCH]
         values = cohort.values(batch)
@@ -71,13 +64,14 @@ def write_concept_pages(
             site.page(
                 f"concepts/{latent}.html",
                 "concept.html",
-                **shared,
+                **frames.shared,
                 latent=latent,
                 cluster=plan.clusters.get(latent),
                 before=int(latents[at - 1]) if at else None,
                 after=int(latents[at + 1]) if at + 1 < len(latents) else None,
                 sentence=_sentence(
-                    rows, shown, pages.maps_of(at), values[:, at - first], compared, known, share_of(plan, maps, latent)
+                    *(rows, shown, pages.maps_of(at), values[:, at - first], compared, known),
+                    share_of(plan, frames.maps, latent),
                 ),
                 facts=_facts(inputs, rows),
                 statistics=rows,
@@ -100,8 +94,9 @@ def write_concept_pages(
 class _Pages:
     """The images on the page of each latent, by the latent's position in the plan."""
 
-    def __init__(self, inputs: Inputs, cohort: Cohort, plan: Plan, maps: Maps, *, is_hidden: bool) -> None:
-        self._inputs, self._cohort, self._plan, self._maps, self._is_hidden = inputs, cohort, plan, maps, is_hidden
+    def __init__(self, frames: Frames) -> None:
+        self._frames, self._plan, self._maps = frames, frames.plan, frames.maps
+        self._datasets, plan = frames.inputs.concepts.datasets, frames.plan
         starts = np.searchsorted(plan.references.latent, [plan.latents, plan.latents + 1])
         self._references = [range(*each) for each in starts.T.tolist()]
         self._place = {latent: at for at, latent in enumerate(plan.latents.tolist())}
@@ -111,13 +106,13 @@ class _Pages:
         plan, examples, references = self._plan, self._plan.examples, self._plan.references
         numbers = self._references[at]
         steps = self.maps_of(at)
-        of_dataset: list[list[dict[str, Any]]] = [[] for _ in self._inputs.concepts.datasets]
+        of_dataset: list[list[dict[str, Any]]] = [[] for _ in self._datasets]
         for number, map_ in zip(numbers, steps, strict=True):
             frame = self._frame(int(references.image[number]), float(references.value[number]), number, map_)
             of_dataset[references.dataset[number]].append({**frame, "rank": int(references.rank[number])})
         rows: list[dict[str, Any]] = [
             {"dataset": name, "frames": frames, "labels": _labels(frames)}
-            for name, frames in zip(self._inputs.concepts.datasets, of_dataset, strict=True)
+            for name, frames in zip(self._datasets, of_dataset, strict=True)
         ]
         known = plan.decile_maps[at]
         first, n_maps = int(known[known >= 0].min(initial=np.iinfo(np.int64).max)), int((known >= 0).sum())
@@ -167,22 +162,15 @@ class _Pages:
         """A patient, and the number of the picture of the patient's own best cell; -1: there is none."""
         image = int(self._plan.examples.best[at, patient])
         cell = -1 if image < 0 or image in self._maps.unseen else self._plan.number_of[image]
-        return {"number": patient, "name": self._cohort.names[patient], "cell": cell}
+        return {"number": patient, "name": self._frames.cohort.names[patient], "cell": cell}
 
     def _frame(self, image: int, value: float, number: int | None = None, steps: Maps8 | None = None) -> dict[str, Any]:
         """What a page says of an image: with the number of its map, the map and its largest value."""
-        cohort = self._cohort
-        patient = int(cohort.patient_of[image])
-        return {
-            "image": self._plan.number_of[image],
-            "name": image_name(self._inputs, self._plan, image, is_hidden=self._is_hidden),
+        return self._frames.plain(image) | {
             "value": value,
-            "label": cohort.labels[image],
-            "dataset": cohort.image_datasets[image],
-            "patient": None if patient < 0 else {"number": patient, "name": cohort.names[patient]},
+            "dataset": self._frames.cohort.image_datasets[image],
             "map": None if steps is None else packed_map(steps),
             "largest": 0.0 if number is None else float(self._maps.largest[number]),
-            "unseen": self._maps.unseen.get(image),
         }
 
 
@@ -247,11 +235,6 @@ def _histograms(inputs: Inputs, counts: npt.NDArray[np.int32]) -> list[dict[str,
         bars: Bars = histogram_bars(of_dataset[first:last], edges)
         found.append({"dataset": name, "n_images": int(of_dataset.sum()), "bars": bars})
     return found
-
-
-def image_name(inputs: Inputs, plan: Plan, image: int, *, is_hidden: bool) -> str:
-    """The name of an image on a page; its id often contains the patient's name, so it can be hidden."""
-    return f"image {plan.number_of[image]}" if is_hidden else inputs.image_ids[image]
 
 
 def _labels(frames: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -322,16 +305,10 @@ def _strip(cohort: Cohort, pages: _Pages, values: Values, latent: int, at: int) 
     largest_first = np.argsort(-values, kind="stable")[:_LISTED_PATIENTS].tolist()
     order = [patient for patient in largest_first if values[patient] > 0]
     patients = [
-        {**pages.person(patient, at), "disease": disease_name(cohort, patient), "value": float(values[patient])}
+        {**pages.person(patient, at), "disease": cohort.disease_name(patient), "value": float(values[patient])}
         for patient in order
     ]
     return {"largest": largest, "ticks": strip_ticks(largest), "groups": rows, "patients": patients}
-
-
-def disease_name(cohort: Cohort, patient: int) -> str:
-    """The disease of a patient; "" without one."""
-    number = int(cohort.disease_of[patient])
-    return "" if number < 0 else cohort.diseases[number]
 
 
 def _comparison(inputs: Inputs, cohort: Cohort, number: int) -> tuple[dict[str, str], dict[str, list[Any]]]:

@@ -14,7 +14,7 @@ from .cell_maps import Marks
 from .cohort import Cohort
 from .composition import Composition, compositions
 from .concept_maps import Maps, packed_map, share_of
-from .concept_pages import disease_name, image_name
+from .config import AtlasConfig
 from .inputs import Inputs
 from .lies_on import ON, on
 from .plan import Plan
@@ -25,9 +25,10 @@ _OWN = 1.3  # times the share of all families, from which on a label is a family
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Frames:
-    """All that pages of patients, diseases and pairs are drawn from."""
+    """All that pages are drawn from."""
 
     inputs: Inputs
+    config: AtlasConfig
     cohort: Cohort
     plan: Plan
     choice: CellChoice
@@ -35,16 +36,20 @@ class Frames:
     maps: Maps  # says which images cannot be shown
     shared: dict[str, Any]  # template variables of all pages
 
+    def image_name(self, image: int) -> str:
+        """The name of an image on a page; its id often contains the patient's name, so pseudonyms hide it."""
+        return f"image {self.plan.number_of[image]}" if self.config.pseudonyms else self.inputs.image_ids[image]
+
     def plain(self, image: int) -> dict[str, Any]:
         """A cell without a map: its page, name, label, patient, and why it cannot be shown."""
         patient = int(self.cohort.patient_of[image])
         return {
             "image": self.plan.number_of[image],
-            "name": image_name(self.inputs, self.plan, image, is_hidden=self.shared["pseudonyms"]),
+            "name": self.image_name(image),
             "label": self.cohort.labels[image],
             "unseen": self.maps.unseen.get(image),
             "patient": None if patient < 0 else {"number": patient, "name": self.cohort.names[patient]},
-            "disease": "" if patient < 0 else disease_name(self.cohort, patient),
+            "disease": "" if patient < 0 else self.cohort.disease_name(patient),
         }
 
     def mapped(self, image: int, latent: int) -> dict[str, Any]:

@@ -14,12 +14,8 @@ from cytosae.maps import Pixels
 from stores.token_layout import TokenLayout
 
 from .alike import Alike
-from .cell_maps import Marks
-from .cohort import Cohort
-from .concept_maps import Maps
-from .concept_pages import disease_name, image_name
-from .config import AtlasConfig
 from .examples import LATENTS_OF_IMAGE
+from .frames import Frames
 from .inputs import Inputs
 from .pictures import jpeg, reduced
 from .plan import Plan
@@ -29,26 +25,15 @@ _NONZEROS_PER_READ = 1 << 21
 _HIDDEN = "its file is missing or cannot be read"  # the full reason may contain a path with a patient's name
 
 
-def write_images(
-    site: Site,
-    inputs: Inputs,
-    cohort: Cohort,
-    plan: Plan,
-    config: AtlasConfig,
-    maps: Maps,
-    shared: dict[str, Any],
-    *,
-    marks: Marks | None = None,
-    chosen: npt.NDArray[np.int64] | None = None,
-) -> Iterator[int]:
+def write_images(site: Site, frames: Frames, *, chosen: npt.NDArray[np.int64] | None = None) -> Iterator[int]:
     """Write all files of the images of the plan, in the order of the stores; yields steps, two for each image.
 
-    First pictures and what is in their tokens, then the pages, which show other images, too. Fills `maps` and their
-    kinds of patches. Memory: the tokens of a few images.
+    First pictures and what is in their tokens, then the pages, which show other images, too. Fills the
+    maps of `frames`, their kinds of patches, and the marks. Memory: the tokens of a few images.
 
-    marks : further maps to fill
     chosen : only these images (for an estimate)
     """
+    inputs, plan, config, maps = frames.inputs, frames.plan, frames.config, frames.maps
     images = plan.images if chosen is None else chosen
     order = np.argsort(images)
     latents, mapped = plan.mapped
@@ -74,12 +59,11 @@ def write_images(
             values = np.zeros(layout.n_patches, np.float32)
             values[patches.indices[start:stop]] = patches.data[start:stop]
             maps.set(at, values, aspect=1.0 if isinstance(picture, str) else _aspect(picture))
-        if marks is not None:
-            marks.fill(image, patches)
+        frames.marks.fill(image, patches)
         site.data(f"image-{plan.number_of[image]}", _token_data(tokens, patches, layout, plan))
         n_active[at_image] = (tokens.getnnz(axis=0) > 0).sum()
         yield n_done
-    alike = Alike(cohort, plan, images, top=config.alike)
+    alike = Alike(frames.cohort, plan, images, top=config.alike)
     for n_done, at in enumerate(order.tolist(), start=len(images) + 1):
         image = int(images[at])
         first, last = np.searchsorted(in_order_of_images, [image, image + 1])
@@ -89,19 +73,18 @@ def write_images(
             "n_active": int(n_active[at]),
             "alike": alike.of(image, maps.unseen),
         }
-        _write_page(site, inputs, cohort, plan, image, references, maps.unseen.get(image), shared | of_image)
+        _write_page(site, frames, image, references, of_image)
         yield n_done
 
 
-def write_pictured(
-    site: Site, inputs: Inputs, plan: Plan, config: AtlasConfig, maps: Maps, *, most: int | None = None
-) -> Iterator[int]:
+def write_pictured(site: Site, frames: Frames, *, most: int | None = None) -> Iterator[int]:
     """Write the pictures of images without a page, in the order of the stores; yields the number written so far.
 
-    What cannot be shown is added to `maps.unseen`.
+    What cannot be shown is added to `frames.maps.unseen`.
 
     most : only the first ones (for an estimate)
     """
+    inputs, plan, config, maps = frames.inputs, frames.plan, frames.config, frames.maps
     for n_done, image in enumerate(np.sort(plan.pictured)[:most].tolist(), start=1):
         number, row = inputs.place(image)
         picture = inputs.sources.pictures[number](row)
@@ -138,30 +121,23 @@ def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_mat
         first = end
 
 
-def _write_page(
-    site: Site,
-    inputs: Inputs,
-    cohort: Cohort,
-    plan: Plan,
-    image: int,
-    references: list[int],
-    unseen: str | None,
-    further: dict[str, Any],
-) -> None:
+def _write_page(site: Site, frames: Frames, image: int, references: list[int], further: dict[str, Any]) -> None:
+    inputs, cohort, plan = frames.inputs, frames.cohort, frames.plan
     patient, called = int(cohort.patient_of[image]), plan.number_of[image]
     datasets = inputs.concepts.datasets
     site.page(
         f"images/{called}.html",
         "image.html",
+        **frames.shared,
         **further,
         image=called,
-        name=image_name(inputs, plan, image, is_hidden=further["pseudonyms"]),
+        name=frames.image_name(image),
         label=cohort.labels[image],
         dataset=cohort.image_datasets[image],
         patient=None if patient < 0 else {"number": patient, "name": cohort.names[patient]},
-        disease="" if patient < 0 else disease_name(cohort, patient),
+        disease="" if patient < 0 else cohort.disease_name(patient),
         disease_number=-1 if patient < 0 else int(cohort.disease_of[patient]),
-        unseen=unseen,
+        unseen=frames.maps.unseen.get(image),
         layout=inputs.stores[inputs.place(image)[0]].layout,
         references=[
             {"latent": int(plan.references.latent[n]), "rank": int(plan.references.rank[n])}

@@ -6,9 +6,8 @@ import numpy as np
 
 from stores.wording import counted, plain_text
 
-from .cohort import Cohort
 from .comparisons import pair_of
-from .concept_maps import Maps
+from .frames import Frames
 from .gallery import Gallery
 from .gallery_files import first_order, on_of, parts_of, places_of, write_gallery_data, write_map_files
 from .inputs import Inputs
@@ -21,16 +20,9 @@ _FEW_IMAGES = 10  # are told as a number, as in gallery.js
 _FIRST = 12  # cards that stand in the page itself: seen at once, and without a script
 
 
-def write_overview(
-    site: Site,
-    inputs: Inputs,
-    cohort: Cohort,
-    plan: Plan,
-    gallery: Gallery,
-    maps: Maps,
-    shared: dict[str, Any],
-) -> None:
+def write_overview(site: Site, frames: Frames, gallery: Gallery) -> None:
     """Write index.html, latents.html, and their data: latents-<dataset>, built, gallery and its parts, maps-<n>."""
+    inputs, cohort, plan, maps = frames.inputs, frames.cohort, frames.plan, frames.maps
     for number, dataset in enumerate(inputs.concepts.datasets):
         site.data(f"latents-{number}", _dataset_data(inputs, dataset))
     site.data("built", _built_data(inputs, plan, gallery))
@@ -45,7 +37,7 @@ def write_overview(
     )
     write_map_files(site, gallery, maps)
     summary = {found["dataset"]: found for found in inputs.concepts.by_dataset}
-    common = {**shared, "datasets": inputs.concepts.datasets, "pairs": pairs, "n_built": len(plan.latents)}
+    common = {**frames.shared, "datasets": inputs.concepts.datasets, "pairs": pairs, "n_built": len(plan.latents)}
     order, _ = first_order(gallery, on)
     site.page(
         "index.html",

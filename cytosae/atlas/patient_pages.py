@@ -13,7 +13,6 @@ from .cell_choice import Beside, PatientCells
 from .cell_reasons import Reason, least_images
 from .cell_types import LEAST_CELLS
 from .cohort import Cohort, Ints, Row
-from .concept_pages import disease_name
 from .drawings import Columns, barcode_columns, barcode_picture, composition_picture
 from .frames import Frames
 from .latent_lists import n_others
@@ -48,7 +47,7 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
             number=number,
             name=cohort.names[number],
             dataset=cohort.datasets[number],
-            disease=disease_name(cohort, number),
+            disease=cohort.disease_name(number),
             disease_number=int(cohort.disease_of[number]),
             n_images=int(cohort.n_images[number]),
             n_patients=cohort.n_patients,
@@ -67,7 +66,7 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
             characteristic=listed_concepts(frames, cells.characteristic, cells.beside),
             unusual=None if cells.unusual is None else listed_concepts(frames, cells.unusual, cells.beside_peers),
             types=_types(frames, cells, shares["rows"]),
-            odd=_odd(frames, cells, disease_name(cohort, number)),
+            odd=_odd(frames, cells, cohort.disease_name(number)),
             composition=shares,
             cells=[
                 frames.plain(image)
@@ -203,7 +202,7 @@ def _against(cohort: Cohort, number: int) -> str:
     """Whom `_peers` names, in words."""
     n = n_others(cohort, number)
     if n:
-        return f"the {n:,} other patients with {disease_name(cohort, number)} in the dataset"
+        return f"the {n:,} other patients with {cohort.disease_name(number)} in the dataset"
     n = cohort.n_patients - 1
     return f"the {n:,} other patients" if n else "no other patient"
 
