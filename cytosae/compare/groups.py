@@ -19,7 +19,7 @@ from stores.tables import STATUS_OK, listed
 from .config import REST, CompareConfig
 from .covariates import NAMED, column_of, design, imbalances, is_missing, of_patients
 from .freedman_lane import adjustment
-from .patient_values import is_uneven, plan_images, read_values
+from .patient_values import ImagePlan, is_uneven, plan_images, read_values
 from .permutation import in_both_groups
 
 if TYPE_CHECKING:
@@ -152,13 +152,67 @@ def prepare(store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, conf
     DamagedStore
         If the barcodes of images cannot be read, or are not those of the patients' images.
     """
-    notes: list[str] = []
     owner = _owners(images, groups)
-    place = {name: i for i, name in enumerate(groups.names)}
     known = {
         name: of_patients(column_of(images, name), owner, groups.names, name)
         for name in (*([config.strata] if config.strata else []), *config.adjust)
     }
+    kept, notes = _complete_patients(groups, known, config)
+    complete = groups.only(kept)
+    plain = config.within_label is None and config.standardize is None
+    is_divided = store.header.spec["normalize"] == "images"
+    if not is_divided and not (plain and config.images_per_patient in ("all", "auto")):
+        raise BadInput(
+            f"these barcodes are normalised as {store.header.spec['normalize']}, and only means over images can be "
+            f"thinned or taken within a label; count them with cyto barcode without --normalize"
+        )
+    thins = is_divided and (
+        isinstance(config.images_per_patient, int)
+        or (config.images_per_patient == "auto" and is_uneven(complete.n_images[:, None], complete.is_a))
+    )
+    used: dict[str, Any] = {"per_patient": None, "n_draws": 1, "weights": None, "rule": config.images_per_patient}
+    if plain and not thins:
+        compared, draws = complete, [complete.values]
+    else:
+        _require_their_images(store, owner, groups, config)
+        compared, draws, plan = _values_of_images(store, images, complete, config)
+        notes += plan.notes
+        used["n_draws"] = len(draws)
+        if plan.per_type is not None:
+            used["per_patient"] = dict(zip(plan.types, plan.per_type.tolist(), strict=True))
+        if config.standardize:
+            used["weights"] = dict(zip(plan.types, plan.weights.tolist(), strict=True))
+    crude = (compared.values, draws, compared.is_a)
+    if not plain:
+        same = complete.only(np.isin(complete.names, compared.names))
+        whole, of_whole, _ = _values_of_images(
+            store, images, same, replace(config, within_label=None, standardize=None)
+        )
+        crude = (whole.values, of_whole, whole.is_a)
+    place = {name: i for i, name in enumerate(groups.names)}
+    rows = [place[name] for name in compared.names]
+    strata = covariates = None
+    if config.strata:
+        strata = np.unique([known[config.strata][i] or "" for i in rows], return_inverse=True)[1].astype(np.int64)
+        if not in_both_groups(strata, compared.is_a).all():
+            raise BadInput(
+                f"too few images leave a {config.strata} with one group only; ask for fewer images per patient"
+            )
+    if config.adjust:
+        covariates = design({name: [known[name][i] for i in rows] for name in config.adjust})
+    if strata is not None or covariates is not None:
+        adjustment(compared.is_a, strata, covariates)  # raises if this cannot be adjusted for
+    return Prepared(compared, draws, crude, strata, covariates, tuple(notes), used)
+
+
+def _complete_patients(
+    groups: TwoGroups, known: dict[str, list[str | None]], config: CompareConfig
+) -> tuple[Bools, list[str]]:
+    """(patients,) those with a value in each needed column and, with strata, one of the other group in theirs; notes.
+
+    known : column -> the value of each patient
+    """
+    notes: list[str] = []
     kept = np.ones(len(groups.names), bool)
     for name, values in known.items():
         lacking = [i for i, value in enumerate(values) if value is None]
@@ -184,80 +238,42 @@ def prepare(store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, conf
                 f"left out: {listed(sorted({*levels[alone]}), 20)}"
             )
     _need_two(kept, groups.is_a, config)
-    plain = config.within_label is None and config.standardize is None
-    is_divided = store.header.spec["normalize"] == "images"
-    if not is_divided and not (plain and config.images_per_patient in ("all", "auto")):
-        raise BadInput(
-            f"these barcodes are normalised as {store.header.spec['normalize']}, and only means over images can be "
-            f"thinned or taken within a label; count them with cyto barcode without --normalize"
+    return kept, notes
+
+
+def _require_their_images(
+    store: BarcodeStore, owner: npt.NDArray[np.int64], groups: TwoGroups, config: CompareConfig
+) -> None:
+    """Raise DamagedStore unless the barcodes of images are those of the patients, by number; owner : of `_owners`"""
+    n_there = np.bincount(owner[owner >= 0], minlength=len(groups.names))
+    if not np.array_equal(n_there, groups.n_images):
+        raise DamagedStore(
+            f"{store.path('image', config.tau)} does not have the images of these patients "
+            f"({int(n_there.sum()):,}; patient.zarr says {int(groups.n_images.sum()):,}); count again with "
+            f"cyto barcode --overwrite"
         )
-    thins = is_divided and (
-        isinstance(config.images_per_patient, int)
-        or (config.images_per_patient == "auto" and is_uneven(groups.n_images[kept, None], groups.is_a[kept]))
+
+
+def _values_of_images(
+    store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, config: CompareConfig
+) -> tuple[TwoGroups, list[npt.NDArray[np.float32]], ImagePlan]:
+    """The groups with the values of the images that count, these values in each draw, and which images count."""
+    uses_labels = config.within_label is not None or config.standardize is not None
+    labels = np.full(len(images), "", object)
+    if uses_labels:
+        cells = column_of(images, config.standardize or "label")
+        labels = np.array(["" if is_missing(cell) else str(cell).strip() for cell in cells], object)
+    plan = plan_images(
+        *(_owners(images, groups), labels, groups.is_a, groups.names),
+        within=config.within_label,
+        standardize=config.standardize is not None,
+        images_per_patient=config.images_per_patient,
     )
-    used: dict[str, Any] = {"per_patient": None, "n_draws": 1, "weights": None, "rule": config.images_per_patient}
-    draws: list[npt.NDArray[np.float32]] = []
-    complete = groups.only(kept)
-    if thins or not plain:
-        n_there = np.bincount(owner[owner >= 0], minlength=len(kept))
-        if not np.array_equal(n_there, groups.n_images):
-            raise DamagedStore(
-                f"{store.path('image', config.tau)} does not have the images of these patients "
-                f"({int(n_there.sum()):,}; patient.zarr says {int(groups.n_images.sum()):,}); count again with "
-                f"cyto barcode --overwrite"
-            )
-    if not plain:
-        labels = column_of(images, config.standardize or "label")
-        labels = np.array(["" if is_missing(cell) else str(cell).strip() for cell in labels], object)
-    else:
-        labels = np.full(len(owner), "", object)
-
-    def read(some: TwoGroups, within: str | None, standardize: bool) -> tuple[TwoGroups, list[Any], Any]:
-        ours = _owners(images, some)
-        plan = plan_images(
-            ours,
-            labels,
-            some.is_a,
-            some.names,
-            within=within,
-            standardize=standardize,
-            images_per_patient=config.images_per_patient if is_divided else "all",
-        )
-        if plan.per_type is None and within is None and not standardize:
-            return some, [some.values], plan
-        values, drawn = read_values(store, config.tau, plan, config.seed)
-        left = some.only(plan.kept)
-        return replace(left, values=values, n_images=plan.counts[plan.kept].sum(1)), drawn or [values], plan
-
-    if thins or not plain:
-        groups, draws, plan = read(complete, config.within_label, config.standardize is not None)
-        notes += plan.notes
-        used |= {
-            "per_patient": None
-            if plan.per_type is None
-            else dict(zip(plan.types, plan.per_type.tolist(), strict=True)),
-            "n_draws": len(draws),
-            "weights": dict(zip(plan.types, plan.weights.tolist(), strict=True)) if config.standardize else None,
-        }
-    else:
-        groups, draws = complete, [complete.values]
-    crude = (groups.values, draws, groups.is_a)
-    if not plain:
-        whole, whole_draws, _ = read(complete.only(np.isin(complete.names, groups.names)), None, False)
-        crude = (whole.values, whole_draws, whole.is_a)
-    rows = [place[name] for name in groups.names]
-    strata = covariates = None
-    if config.strata:
-        strata = np.unique([known[config.strata][i] or "" for i in rows], return_inverse=True)[1].astype(np.int64)
-        if not in_both_groups(strata, groups.is_a).all():
-            raise BadInput(
-                f"too few images leave a {config.strata} with one group only; ask for fewer images per patient"
-            )
-    if config.adjust:
-        covariates = design({name: [known[name][i] for i in rows] for name in config.adjust})
-    if strata is not None or covariates is not None:
-        adjustment(groups.is_a, strata, covariates)  # raises if this cannot be adjusted for
-    return Prepared(groups, draws, crude, strata, covariates, tuple(notes), used)
+    if plan.per_type is None and not uses_labels:
+        return groups, [groups.values], plan
+    values, drawn = read_values(store, config.tau, plan, config.seed)
+    left = groups.only(plan.kept)
+    return replace(left, values=values, n_images=plan.counts[plan.kept].sum(1)), drawn or [values], plan
 
 
 def _need_two(kept: Bools, is_a: Bools, config: CompareConfig) -> None:
