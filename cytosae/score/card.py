@@ -123,23 +123,27 @@ class Card:
                 f"about labels is measured. Name another column with --label"
             )
             return
-        n_classes, n_latents = len(self.classes), self.means.shape[1]
+        n_latents = self.means.shape[1]
         if more := [k for k in config.ks if k > n_latents]:
             self.doubts.append(
                 f"k {', '.join(map(str, more))}: the SAE has {n_latents:,} latents, so these rows are of all of them"
             )
-        sizes = np.bincount(labels[labels >= 0], minlength=n_classes)
-        folds = np.where(labels >= 0, labels, n_classes)
-        fold_of = assign_folds(folds, chosen.groups, config.folds, np.random.default_rng((config.seed, 0)))
         null_labels = shuffled_labels(labels, chosen.groups, config.shuffles, config.seed)
-        has = [labels == c for c in range(n_classes)]
-        n_blocks = [min(self.blocks.having(each), self.blocks.having(~each)) for each in has]
+        self._sparse_probes(labels, null_labels)
+        del self.means  # all that follows goes by latents
+        self._best_latents(labels, null_labels)
+        self._hierarchy(labels)
+
+    def _sparse_probes(self, labels: Ints, null_labels: Sequence[Ints]) -> None:
+        """Labels told apart by k latents, by the dense token, and the share of the one in the other."""
+        config, n_classes = self.config, len(self.classes)
+        strata = np.where(labels >= 0, labels, n_classes)
+        fold_of = assign_folds(strata, self.chosen.groups, config.folds, np.random.default_rng((config.seed, 0)))
+        shared: dict[str, Any] = {"fold_of": fold_of, "n_classes": n_classes, "ks": config.ks}
         found = sparse_probing(
             self.means,
             labels,
-            fold_of,
-            n_classes,
-            config.ks,
+            **shared,
             dense=self.tokens,
             block_of=self.blocks.of_image,
             keep=self._kept("probes"),
@@ -149,89 +153,83 @@ class Card:
             sparse_probing(
                 self.means,
                 shuffled,
-                fold_of,
-                n_classes,
-                config.ks,
+                **shared,
                 dense=self.tokens if number == 0 else None,
                 keep=self._kept(f"probes_null_{number}"),
                 progress=self._named(f"null {number + 1} of {config.shuffles}"),
             )
             for number, shuffled in enumerate(null_labels)
         ]
-        del self.means  # all that follows goes by latents
         by_chance = np.stack([null.latents for null in nulls])  # (shuffles, ks, classes)
-        dense = None if found.dense is None else nanmean(found.dense)
         assert found.latents_without is not None
-        dense_without = None if found.dense_without is None else over_classes(found.dense_without)
+        dense = None if found.dense is None else nanmean(found.dense)
         for number, k in enumerate(config.ks):
-            mean = nanmean(found.latents[number])
-            without = over_classes(found.latents_without[number])
-            of_null = [nanmean(each) for each in by_chance[:, number]]
-            null, high = nanmean(of_null), nanmax(of_null)
-            self.add("sparse_probe_auroc", mean, null=null, null_high=high, k=k, n=n_classes, without=without)
-            for c, name in enumerate(self.classes):
-                chance = by_chance[:, number, c]
-                self.add(
-                    "sparse_probe_auroc",
-                    found.latents[number, c],
-                    null=nanmean(chance),
-                    null_high=nanmax(chance),
-                    label=name,
-                    k=k,
-                    n=int(sizes[c]),
-                    without=found.latents_without[number, c],
-                    n_blocks=n_blocks[c],
-                )
+            without = found.latents_without[number]
+            of_k = self._add_labels(
+                "sparse_probe_auroc", found.latents[number], by_chance[:, number], without, labels, k=k
+            )
             if dense is not None and dense - 0.5 >= _LEAST_ABOVE_CHANCE:
-                share = [(each - 0.5) / (dense - 0.5) for each in (mean, null, high)]
-                assert dense_without is not None
-                ratio = (without - 0.5) / np.where(dense_without > 0.5, dense_without - 0.5, np.nan)
-                self.add(
-                    "share_of_dense",
-                    share[0],
-                    null=share[1],
-                    null_high=share[2],
-                    k=k,
-                    n=n_classes,
-                    without=ratio,
-                    bounded=False,
-                )
-        if found.dense is None:
+                assert found.dense_without is not None
+                dense_without = over_classes(found.dense_without)
+                share, null, high = ((each - 0.5) / (dense - 0.5) for each in of_k)
+                ratio = (over_classes(without) - 0.5) / np.where(dense_without > 0.5, dense_without - 0.5, np.nan)
+                about: dict[str, Any] = {"k": k, "n": n_classes, "without": ratio, "bounded": False}
+                self.add("share_of_dense", share, null=null, null_high=high, **about)
+        if found.dense is None or dense is None:
             self.said.append("the dense tokens' performance needs the caches: --cache")
-        else:
-            dense_null = nulls[0].dense
-            assert dense_null is not None
-            assert found.dense_without is not None
-            mean, null = nanmean(found.dense), nanmean(dense_null)
-            self.add("dense_probe_auroc", mean, null=null, n=n_classes, without=dense_without)
-            for c, name in enumerate(self.classes):
-                self.add(
-                    "dense_probe_auroc",
-                    found.dense[c],
-                    null=dense_null[c],
-                    label=name,
-                    n=int(sizes[c]),
-                    without=found.dense_without[c],
-                    n_blocks=n_blocks[c],
-                )
-            if dense is not None and dense - 0.5 < _LEAST_ABOVE_CHANCE:
-                self.said.append("the mean token tells no label from others, so there is no share of it to recover")
+            return
+        of_null = nulls[0].dense
+        assert of_null is not None
+        assert found.dense_without is not None
+        self._add_labels("dense_probe_auroc", found.dense, of_null[None], found.dense_without, labels, has_high=False)
+        if dense - 0.5 < _LEAST_ABOVE_CHANCE:
+            self.said.append("the mean token tells no label from others, so there is no share of it to recover")
+
+    def _best_latents(self, labels: Ints, null_labels: Sequence[Ints]) -> None:
+        """The best latent for each label, beside the best for shuffled ones."""
         self.single, best_null = self._single(labels, null_labels)
-        of_best = {}
-        for name in _SINGLE.values():
-            latents = getattr(self.single, name).argmax(0)
-            parts = (self.by_latent, labels, self.blocks.of_image, self.blocks.n, latents)
-            of_best[name] = single_without(*parts)[[*_SINGLE.values()].index(name)]
-        for measure, name in _SINGLE.items():
-            best, nulls_of = getattr(self.single, name).max(0), best_null[name]  # (shuffles, classes)
-            of_null = [nanmean(each) for each in nulls_of]
-            means: dict[str, Any] = {"null": nanmean(of_null), "null_high": nanmax(of_null), "n": n_classes}
-            self.add(measure, best.mean(), **means, without=over_classes(of_best[name]))
-            for c, label in enumerate(self.classes):
-                null, high = nanmean(nulls_of[:, c]), nanmax(nulls_of[:, c])
-                of_label: dict[str, Any] = {"label": label, "n": int(sizes[c]), "n_blocks": n_blocks[c]}
-                self.add(measure, best[c], null=null, null_high=high, without=of_best[name][c], **of_label)
-        self._hierarchy(labels)
+        for number, (measure, name) in enumerate(_SINGLE.items()):
+            values = getattr(self.single, name)
+            parts = (self.by_latent, labels, self.blocks.of_image, self.blocks.n, values.argmax(0))
+            self._add_labels(measure, values.max(0), best_null[name], single_without(*parts)[number], labels)
+
+    def _add_labels(
+        self,
+        measure: str,
+        found: Floats,
+        chance: Floats,
+        without: Floats,
+        labels: Ints,
+        *,
+        k: int | None = None,
+        has_high: bool = True,
+    ) -> tuple[float, float, float]:
+        """A row of all labels together and one of each; the mean, its null, and the highest of the null.
+
+        Parameters
+        ----------
+        found, chance, without : (classes,), (shuffles, classes) and (classes, blocks)
+        labels : (n,) of the images
+        has_high : there are enough shuffles for a highest null
+        """
+        of_null = [nanmean(each) for each in chance]
+        mean, null, high = nanmean(found), nanmean(of_null), nanmax(of_null)
+        shown = high if has_high else None
+        self.add(measure, mean, null=null, null_high=shown, k=k, n=len(self.classes), without=over_classes(without))
+        for c, name in enumerate(self.classes):
+            has = labels == c
+            self.add(
+                measure,
+                found[c],
+                null=nanmean(chance[:, c]),
+                null_high=nanmax(chance[:, c]) if has_high else None,
+                label=name,
+                k=k,
+                n=int(has.sum()),
+                without=without[c],
+                n_blocks=min(self.blocks.having(has), self.blocks.having(~has)),
+            )
+        return mean, null, high
 
     def _single(self, labels: Ints, null_labels: Sequence[Ints]) -> tuple[SingleLatents, dict[str, Floats]]:
         """Every latent for every label; and of shuffled labels the best for each, (shuffles, classes)."""
