@@ -27,8 +27,11 @@ Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead la
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from itertools import pairwise
+from typing import Concatenate, ParamSpec
 
 import torch
 
@@ -44,6 +47,7 @@ from .objective import Objective
 from .precision import float32_products
 from .residuals import Residuals, compare_reconstruction
 
+_Rest = ParamSpec("_Rest")
 NORM_FLOOR = 1e-12  # lower bound of ||x|| in 1 / ||x||, for tokens that are zero
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) matrix
 _MICRO_BATCH_BYTES_ON_GPU = 1 << 30  # at least
@@ -71,6 +75,26 @@ class BatchLosses:
         return self.mse + self.l1 + self.gate + self.dead
 
 
+def _at_its_precision(
+    step: Callable[Concatenate[SparseAutoencoder, torch.Tensor, Objective, _Rest], BatchLosses],
+) -> Callable[Concatenate[SparseAutoencoder, torch.Tensor, Objective, _Rest], BatchLosses]:
+    """The step, in which products of float32 are what the objective's precision says."""
+
+    @wraps(step)
+    def exact(
+        model: SparseAutoencoder,
+        tokens_ND: torch.Tensor,
+        objective: Objective,
+        *args: _Rest.args,
+        **kwargs: _Rest.kwargs,
+    ) -> BatchLosses:
+        with float32_products(objective.precision, tokens_ND.device.type):
+            return step(model, tokens_ND, objective, *args, **kwargs)
+
+    return exact
+
+
+@_at_its_precision
 def loss_and_gradients(
     model: SparseAutoencoder,
     tokens_ND: torch.Tensor,
@@ -109,38 +133,6 @@ def loss_and_gradients(
     -------
     The losses; NaN or infinite if the tokens or the weights are (the caller decides what to do).
     """
-    with float32_products(objective.precision, tokens_ND.device.type):
-        return _loss_and_gradients(
-            model,
-            tokens_ND,
-            objective,
-            l1=l1,
-            dead_L=dead_L,
-            n_dead=n_dead,
-            silence=silence,
-            token_scale=token_scale,
-            ranks=ranks,
-            n_tokens=n_tokens,
-            micro_batch=micro_batch,
-            sparse_below=sparse_below,
-        )
-
-
-def _loss_and_gradients(
-    model: SparseAutoencoder,
-    tokens_ND: torch.Tensor,
-    objective: Objective,
-    *,
-    l1: float,
-    dead_L: torch.Tensor | None,
-    n_dead: int | None,
-    silence: tuple[torch.Tensor, int] | None,
-    token_scale: float,
-    ranks: Ranks,
-    n_tokens: int | None,
-    micro_batch: int | None,
-    sparse_below: float | None,
-) -> BatchLosses:
     n, width, device = n_tokens or len(tokens_ND), tokens_ND.shape[1], tokens_ND.device
     dtypes = objective.dtypes(model)
     compute_dtype = dtypes.others
