@@ -45,6 +45,8 @@ _WITH_AUTO = {"batch_tokens": 4_096, "lr": 1e-3, "warmup_steps": 100, "schedule"
 class TrainConfig:
     """Everything that determines a trained SAE, apart from the data. All of it is written into `sae.json`.
 
+    A new setting joins `RELEASED` (chosen_defaults.py) with the value that runs of before had: else they would have
+    another identity, and none of them would be continued or taken as complete.
     Raises BadInput for a value that is out of range, or settings that exclude each other.
     """
 

@@ -23,7 +23,7 @@ from .recommend import recommendation, table_line
 Row = dict[str, Any]
 FORMAT, VERSION = "sweep", 1
 RESULTS = ("members.parquet", "table.parquet", "table.md", "sweep.png", "sweep.svg")
-_OF_TRAINING = (
+_OF_TRAINING = (  # of the columns of metrics.parquet: `_metrics_row` of training/train.py
     *("loss", "mse", "l1", "gate", "dead_loss", "l0", "explained_variance", "explained_variance_uncentered"),
     "dead_fraction",
 )

@@ -694,7 +694,7 @@ def remove_parallel_gradient(model: SparseAutoencoder) -> None:
 
 
 def _metrics_row(training: Training, losses: BatchLosses, *, tokens_per_second: float) -> Metrics:
-    """One row of metrics.parquet, by its columns.
+    """One row of metrics.parquet, by its columns; those of sweeps are listed in sweep/record.py.
 
     A latent is dead if it was not active for more than `dead_after_steps` steps; None while there were fewer steps.
     """

@@ -16,6 +16,7 @@ import pytest
 from barcode_maker import write_patient_barcodes
 from command_line import fails, run
 from PIL import Image
+from places import ROOT
 from scipy import stats
 
 from cytosae.compare import CompareConfig, Comparison, compare
@@ -86,6 +87,12 @@ def test_planted_latents_lead_both_lists(compared: Comparison) -> None:
     assert (found["hedges_g"][PLANTED_A] > 2).all()
     assert (found["auc"][PLANTED_A] == 1).all()
     assert (found["auc"][PLANTED_B] == 0).all()
+
+
+def test_every_column_is_explained(compared: Comparison) -> None:
+    page = (ROOT / "docs" / "compare.md").read_text()
+    missing = [name for name in columns(compared) if f"`{name}`" not in page]
+    assert not missing, f"say in docs/compare.md what these mean: {missing}"
 
 
 def test_every_column_is_what_scipy_and_a_loop_say(compared: Comparison) -> None:

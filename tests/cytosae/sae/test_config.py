@@ -1,11 +1,13 @@
 """Settings of a training run: presets, which of several values wins, and what is refused with which words."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from places import GOLDEN
 
 from cytosae.sae import TrainConfig, make_config
 from stores import BadInput
@@ -15,6 +17,12 @@ def _toml(folder: Path, text: str) -> Path:
     path = folder / "settings.toml"
     path.write_text(text)
     return path
+
+
+def test_runs_of_before_keep_their_settings_and_so_their_identity() -> None:
+    """A new setting joins `RELEASED` in chosen_defaults.py, so that it is not written where it changes nothing."""
+    before = json.loads((GOLDEN / "sweep-v1" / "runs" / "lr=0.0004-seed=0" / "sae.json").read_text())["spec"]["config"]
+    assert TrainConfig.from_spec(before).to_spec() == before
 
 
 def test_a_config_by_itself_is_the_released_loss_on_shuffled_tokens() -> None:

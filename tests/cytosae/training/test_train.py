@@ -19,6 +19,7 @@ import pytest
 import reference
 import torch
 from click.testing import CliRunner
+from places import ROOT
 from reference import Params
 from token_caches import write_cache
 from training_runs import BATCH, SETTINGS, TOKENS, WIDTH, _metrics, _what_was_trained, tokens_of_cells
@@ -452,6 +453,8 @@ def test_metrics_have_a_row_per_logged_step(cache: Path, tmp_path: Path) -> None
         *("explained_variance", "explained_variance_uncentered", "n_dead", "dead_fraction", "dead_window_tokens"),
         "tokens_per_second",
     ]
+    page = (ROOT / "docs" / "training.md").read_text()
+    assert all(f"`{name}`" in page for name in table.column_names)
     rows = table.to_pylist()
     assert [row["step"] for row in rows] == [5, 10, 12]  # and the last one
     assert seen == [(50, 120, 5), (100, 120, 10), (120, 120, 12)]
