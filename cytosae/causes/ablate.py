@@ -147,7 +147,7 @@ def ablate_latents(
     if writer.is_complete:
         return read_ablation(out, was_complete=True)
 
-    rest = stage_one.backbone_rest(
+    final_cls, from_images = stage_one.backbone_rest(
         cache,
         root=None if images is None else Path(images),
         weights=weights,
@@ -155,7 +155,7 @@ def ablate_latents(
         workers=workers,
         download_progress=download_progress,
     )
-    job = _Job(config, store, sae, stored, places, owners, readout, rest, device, token_set, labels)
+    job = _Job(config, store, sae, stored, places, owners, readout, final_cls, from_images, device, token_set, labels)
     return _run(job, writer, out, assumed, say, survey_progress, progress)
 
 
@@ -187,7 +187,10 @@ class _Job:
     places: Places
     owners: Owners
     probe: ProbeReadout | None
-    rest: tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Ints], Iterator[torch.Tensor]] | None]
+    final_cls: Callable[[torch.Tensor], torch.Tensor]  # of tokens behind the later blocks
+    from_images: (
+        Callable[[Ints], Iterator[torch.Tensor]] | None
+    )  # tokens of images, in their order; None: the cached ones
     device: str
     token_set: str
     labels: Labels | None
@@ -198,11 +201,10 @@ class _Job:
 
     def outputs(self, images: Ints) -> Iterator[tuple[int, npt.NDArray[np.floating]]]:
         """(image index, its tokens at the block)."""
-        from_images = self.rest[1]
-        if from_images is None:
+        if self.from_images is None:
             yield from cached_tokens(self.store, images)
         elif len(images):
-            for image, tokens in zip(images.tolist(), from_images(images), strict=True):
+            for image, tokens in zip(images.tolist(), self.from_images(images), strict=True):
                 yield image, tokens.cpu().numpy()
 
 
@@ -241,7 +243,7 @@ def _run(
     bench = Bench(
         source=job.source,
         outputs=job.outputs,
-        final_cls=job.rest[0],
+        final_cls=job.final_cls,
         decoder=decoder,
         norms=decoder_norms,
         places=job.places,
@@ -384,7 +386,7 @@ def _seconds_per_image(job: _Job, images: Ints) -> float:
     seconds, began = 0.0, time.perf_counter()
     for _, tokens in job.outputs(images):
         x_TD = torch.as_tensor(np.asarray(tokens, np.float32), device=job.device)
-        float(job.rest[0](x_TD[None]).sum())
+        float(job.final_cls(x_TD[None]).sum())
         seconds, began = time.perf_counter() - began, time.perf_counter()
     return seconds
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from stores.errors import BadInput
 from stores.spec import check_choice
@@ -89,7 +90,7 @@ class AblateConfig:
             raise BadInput(f"mode must be zero, mean or scale:K with a number K, such as scale:2; found {self.mode!r}")
         return 0.0
 
-    def new_value(self, value: float, mean: float) -> float:
-        """What becomes of one value of a latent that has this mean."""
+    def new_value(self, value: Any, mean: float) -> Any:
+        """What becomes of a value of a latent that has this mean, or of an array of values."""
         factor = self.factor
         return mean if self.mode == "mean" else factor * value

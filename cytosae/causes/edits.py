@@ -43,7 +43,7 @@ def new_column(subject: Subject, latent: int, config: AblateConfig, mean: float)
     old[subject.tokens[mine]] = subject.rows.values[mine]
     new = old.copy()
     mask = subject.mask
-    new[mask] = mean if config.mode == "mean" else np.float32(config.factor) * old[mask]
+    new[mask] = config.new_value(old[mask], mean)
     return old, new
 
 

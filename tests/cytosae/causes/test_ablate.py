@@ -76,6 +76,11 @@ def run(root: Path, out: Path, *, strength: float = 0.0, stage_one: Any = None, 
 # ----------------------------------------------------------------------------------------------------- the slow twin
 
 
+def new_value(mode: str, value: float, mean: float) -> float:
+    """What becomes of one value of a latent that has this mean."""
+    return {"zero": 0.0, "mean": mean}[mode] if mode in ("zero", "mean") else float(mode.split(":")[1]) * value
+
+
 def twin_edit(root: Path, row: dict[str, Any], config: AblateConfig, allowed: list[int], ranked: list[int]) -> Float:
     """(cls_change, cls_norm, cls_cosine, edit_norm) of one row of images.parquet: latents, decode, error, later blocks.
 
@@ -93,7 +98,7 @@ def twin_edit(root: Path, row: dict[str, Any], config: AblateConfig, allowed: li
         readable = np.flatnonzero(store.readable())
         mean = np.mean([z_all[n, t, row["latent"]] for n in readable for t in allowed])
         for t in allowed:
-            new[t, row["latent"]] = config.new_value(z[t, row["latent"]], mean)
+            new[t, row["latent"]] = new_value(config.mode, z[t, row["latent"]], mean)
     elif row["edit"] in ("remove", "keep"):
         active = [n for n in range(N_LATENTS) if any(z[t, n] > 0 for t in allowed)]
         size = {n: np.linalg.norm(w[n]) * np.sqrt(sum(z[t, n] ** 2 for t in allowed)) for n in active}
@@ -424,7 +429,7 @@ def test_what_a_probe_says_equals_counting_again(planted: Path, tmp_path: Path, 
     store = ActivationStore(planted / "acts.zarr")
     z = dense_latents(planted / "run", np.nan_to_num(store.read_images(np.arange(40))))
     mean = z[store.readable()].mean((0, 1))
-    config, ids = AblateConfig(latents=(PLANTED, 3), mode=mode), store.images["image_id"].to_pylist()
+    ids = store.images["image_id"].to_pylist()
 
     def said(latents: Float) -> tuple[Float, Float]:
         counts = [sum(1 for t in range(1, PER_IMAGE) if latents[t, n] > 0.1) for n in kept]
@@ -441,7 +446,7 @@ def test_what_a_probe_says_equals_counting_again(planted: Path, tmp_path: Path, 
             continue
         if row["edit"] in ("chosen", "control"):
             for t in range(PER_IMAGE):
-                after[t, row["latent"]] = config.new_value(before[t, row["latent"]], mean[row["latent"]])
+                after[t, row["latent"]] = new_value(mode, before[t, row["latent"]], mean[row["latent"]])
         elif row["order"] == "all":
             after[:] = 0
         else:
