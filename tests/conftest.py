@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from tiny_runs import tiny_config
 import stores.devices
 from cytocache.datasets import open_images
 from cytocache.demo_cells import draw_cell
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 LABELS = ("neutrophil_segmented", "lymphocyte", "eosinophil")
 
@@ -87,3 +91,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator["Client"]:
+    """A Dask client of two threads in this process."""
+    from latent_stores import local_client
+
+    with local_client(1, 2) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator["Client"]:
+    """A Dask client of two worker processes of one thread, as `cyto barcode` starts them."""
+    from latent_stores import local_client
+
+    with local_client(2, 1, processes=True) as client:
+        yield client

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from archive_maker import KINDS, add, pack, pack_folder
-from click.testing import CliRunner, Result
+from artefacts import contents
+from command_line import run
 from latent_stores import local_client
 from PIL import Image
 
-from cli import cli
 from cytocache import bridge
 from cytocache.datasets import Images, open_images
 from cytocache.duplicates import find_duplicates
@@ -40,10 +40,6 @@ NAMES = [f"{label}/{n}.png" for label in ("BAS", "NGS") for n in range(4)] + ["B
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
-def cyto(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
 def draw(path: Path, seed: int, side: int = 24) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(path)
@@ -64,12 +60,6 @@ def store(folder: Path) -> Path:
     """The cache of the folder; read-only."""
     extract(folder, folder.parent / "cells.acts.zarr", CONFIG)
     return folder.parent / "cells.acts.zarr"
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Every file but the run log."""
-    files = (path for path in root.rglob("*") if path.is_file() and path.name != "runs.jsonl")
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 def labels_of(images: Images) -> dict[str | None, str | None]:
@@ -167,7 +157,7 @@ def test_faulty_archives_are_one_line(tmp_path: Path) -> None:
         open_images(pack(tmp_path / "b.zip", {"a.txt": b""}))
     with pytest.raises(BadInput, match=r"a.zip is an archive, and its own root"):
         open_images(tmp_path / "a.zip", root=tmp_path)
-    done = cyto("cache", "extract", tmp_path / "a.zip", tmp_path / "out.zarr")
+    done = run("cache", "extract", tmp_path / "a.zip", tmp_path / "out.zarr")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: ")
     assert len(done.stderr.splitlines()) == 1
@@ -316,7 +306,7 @@ def test_from_an_archive_to_an_atlas_with_its_pictures(folder: Path, tmp_path: P
     """The pictures of the atlas are those of the unpacked folder, found by what the stores recorded."""
     archive = pack_folder(tmp_path / "cells.zip", folder, under="cells/")
     index_images(archive, tmp_path / "t.parquet", patient_from="*/{patient}.png")
-    done = cyto("cache", "extract", tmp_path / "t.parquet", tmp_path / "acts", "--root", archive / "cells")
+    done = run("cache", "extract", tmp_path / "t.parquet", tmp_path / "acts", "--root", archive / "cells")
     assert done.exit_code == 0, done.output
     config = TrainConfig(expansion=1, batch_tokens=256, tokens=2_560, l1=1e-4)
     train([tmp_path / "acts"], tmp_path / "sae", config)
@@ -325,7 +315,7 @@ def test_from_an_archive_to_an_atlas_with_its_pictures(folder: Path, tmp_path: P
         write_barcodes(tmp_path / "latents", tmp_path / "barcodes", BarcodeConfig(tau=0.0), client=client)
         concept_statistics(tmp_path / "latents", tmp_path / "concepts", ConceptConfig(min_support=1), client=client)
     stores = [word for name in ("barcodes", "concepts", "latents") for word in (f"--{name}", tmp_path / name)]
-    built = cyto("atlas", "build", *stores, "--pages", "top", "-o", tmp_path / "atlas")
+    built = run("atlas", "build", *stores, "--pages", "top", "-o", tmp_path / "atlas")
     assert built.exit_code == 0, built.output
     assert "could not be shown" not in built.output
     latents = LatentStore(tmp_path / "latents")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from artefacts import contents
 from click.testing import CliRunner
 from fake_cuda import FakeCuda
 from PIL import Image
@@ -34,12 +35,6 @@ def cells(tmp_path: Path) -> Path:
     torn = folder / "04.png"
     torn.write_bytes(torn.read_bytes()[:300])
     return folder
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    """Every file of a store but the run log."""
-    files = (path for path in store.rglob("*") if path.is_file() and path.name != "runs.jsonl")
-    return {path.relative_to(store).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("computes_late", [False, True])

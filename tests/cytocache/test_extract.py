@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from artefacts import contents
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -62,12 +63,6 @@ def config(**changes: Any) -> ExtractConfig:
     """Four chunks, the last one short, one transformer block: a second."""
     settings: dict[str, Any] = {"blocks": (0,), "chunk_images": 3, "batch_size": 2, "workers": 2, **changes}
     return ExtractConfig(**settings)
-
-
-def contents(store: Path) -> Contents:
-    """Every file of a store but the run log, which holds times."""
-    files = (path for path in store.rglob("*") if path.is_file() and path.name != "runs.jsonl")
-    return {path.relative_to(store).as_posix(): path.read_bytes() for path in files}
 
 
 def times(root: Path) -> dict[str, int]:

@@ -8,12 +8,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from archive_maker import pack
-from click.testing import CliRunner, Result
+from command_line import run
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cli import cli
 from cytocache.index import index_images
 from cytocache.masks import find_masks
 from cytocache.masks_beside import find_masks_beside
@@ -32,10 +31,6 @@ def write(root: Path, *paths: str) -> Path:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(path.encode())
     return root
-
-
-def cyto(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +105,7 @@ def test_patterns_that_fit_nothing_or_contradict_each_other() -> None:
 
 def test_a_table_from_folder_and_file_names(tmp_path: Path) -> None:
     root = write(tmp_path / "cells", "P007/NGS/1.tif", "P007/BAS/2.tif", "P8/NGS/3.tif", "loose.tif")
-    done = cyto(
+    done = run(
         *("data", "index", root, "-o", tmp_path / "t.parquet", "--patient-from", "P{patient}/*/*"),
         *("--label-from", "*/{label}/*"),
     )
@@ -150,7 +145,7 @@ def test_further_columns_and_suffixes(tmp_path: Path) -> None:
 def test_an_index_without_patterns_is_byte_for_byte_as_before(tmp_path: Path) -> None:
     """The seven columns, the same metadata, and no line more on the screen."""
     root = write(tmp_path / "cells", "NGS/1.png", "BAS/2.png")
-    done = cyto("data", "index", root, "-o", tmp_path / "t.parquet", "--no-hash")
+    done = run("data", "index", root, "-o", tmp_path / "t.parquet", "--no-hash")
     assert done.stdout.splitlines() == [
         f"folder: 2 images in {root}",
         "            images",

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
+from command_line import run
 from PIL import Image
 from places import ROOT
 
-from cli import cli
 from cytocache import published_datasets
 from cytocache.datasets import open_images
 from cytocache.demo_cells import draw_cell
@@ -491,10 +490,6 @@ class TestDuplicates:
             "gone.png": "no file",
             "huge.png": "more than",
         }
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def fails(words: str, *arguments: object) -> None:

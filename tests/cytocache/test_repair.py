@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from artefacts import contents
 from click.testing import CliRunner, Result
 from kills import KILLED, die_at, exit_code, forked
 from PIL import Image
@@ -61,12 +62,6 @@ def store(made: Path, tmp_path: Path) -> Path:
 def moved(made: Path, tmp_path: Path) -> Path:
     """A copy of the images that a test may change."""
     return Path(shutil.copytree(made, tmp_path / "moved", ignore=shutil.ignore_patterns("*.zarr")))
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Every file but the run log."""
-    files = (path for path in root.rglob("*") if path.is_file() and path.name != "runs.jsonl")
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 def everything(root: Path) -> dict[str, tuple[bytes, int]]:

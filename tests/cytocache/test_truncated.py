@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from archive_maker import pack_folder
-from click.testing import CliRunner, Result
+from artefacts import contents
+from command_line import run
 from PIL import Image, ImageFile
 
-from cli import cli
 from cytocache import bridge
 from cytocache.extract import ExtractConfig, extract
 from cytocache.images import UnreadableImage, decode_image, read_image, read_image_file
@@ -44,10 +44,6 @@ def encoded(form: str, seed: int = 0) -> bytes:
     return file.getvalue()
 
 
-def cyto(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven images, of which two are cut off in the middle and one is no image; read-only."""
@@ -58,11 +54,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / f"{n}.png").write_bytes(raw[: len(raw) // 2] if n in CUT else raw)
     (root / "6.png").write_bytes(b"no image")
     return root
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    files = (path for path in root.rglob("*") if path.is_file() and path.name != "runs.jsonl")
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 # -------------------------------------------------------------------------------------------------- decoding
@@ -121,7 +112,7 @@ def test_pillows_setting_does_not_leak_into_other_threads(tmp_path: Path) -> Non
 
 
 def test_cut_off_images_are_taken_marked_and_counted(folder: Path, tmp_path: Path) -> None:
-    done = cyto("cache", "extract", folder, tmp_path / "acts", "--allow-truncated", "--chunk-images", 2, "--workers", 1)
+    done = run("cache", "extract", folder, tmp_path / "acts", "--allow-truncated", "--chunk-images", 2, "--workers", 1)
     assert done.exit_code == 0, done.output
     assert "2 of 7 images are cut off and were taken as far as they go (1.png: its end is missing: " in done.stderr
     assert "1 of 7 images could not be read (6.png: " in done.stderr
@@ -133,8 +124,8 @@ def test_cut_off_images_are_taken_marked_and_counted(folder: Path, tmp_path: Pat
     assert (store.header.summary or {})["n_truncated"] == 2
     assert np.isfinite(store.read_images(CUT)).all()
     assert [problem for problem in verify_activations(tmp_path / "acts") if problem] == []
-    assert "2 of 7 images are cut off" in cyto("cache", "info", tmp_path / "acts").output
-    again = cyto("cache", "extract", folder, tmp_path / "acts", "--allow-truncated", "--chunk-images", 2)
+    assert "2 of 7 images are cut off" in run("cache", "info", tmp_path / "acts").output
+    again = run("cache", "extract", folder, tmp_path / "acts", "--allow-truncated", "--chunk-images", 2)
     assert "already complete" in again.stderr
     assert extract(folder, tmp_path / "other", ALLOWED).n_truncated == 2
 
@@ -183,7 +174,7 @@ def test_repair_pictures_and_latents_know_that_an_image_is_cut_off(folder: Path,
 def test_a_shard_at_a_time_gives_the_same_store(folder: Path, tmp_path: Path) -> None:
     extract(folder, tmp_path / "one", ALLOWED)
     for shard in ("0/2", "1/2"):
-        done = cyto(
+        done = run(
             *("cache", "extract", folder, tmp_path / "two", "--allow-truncated", "--chunk-images", 2, "--block", 0),
             *("--shard", shard, "--batch-size", 2, "--workers", 1, "--device", "cpu"),
         )

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from atlas_maker import Cohort, cyto, make_cohort
+from atlas_maker import Cohort, make_cohort
+from command_line import run
 from concept_folders import concepts_of, dense_tokens
 from PIL import Image
 from review_site import make_site
@@ -36,7 +37,7 @@ def concepts(made: Path, tmp_path_factory: pytest.TempPathFactory) -> ConceptSto
 
 def printed(*words: object) -> str:
     """What a command prints to stdout."""
-    done = cyto(*map(str, words))
+    done = run(*map(str, words))
     assert done.exit_code == 0, done.output
     return done.stdout.strip()
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import shutil
 import time
@@ -13,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from artefacts import N_IMAGES, N_TOKENS, contents, latent_rows, latent_spec, outcome
-from click.testing import CliRunner, Result
+from command_line import run
 from kills import KILLED, die_at, exit_code, forked
 from sparse_tokens import random_tokens, write_sae
 from token_caches import write_cache
 
-from cli import cli
 from cytosae.latents.encode import encode
 from stores import csr, latent_shards
 from stores.activation_writer import writer_lock
@@ -36,13 +34,7 @@ from stores.verify import verify_latents
 EDGES = (4, 8, 10)  # of the chunks of the cache, where commits lie
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_chunks() -> Iterator[None]:
-    """Seven entries a chunk. And no waiting for the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(csr, "CHUNK_ENTRIES", 7)
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture(scope="module")
@@ -287,10 +279,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, small_chunks: None) -> Path:
     write_sae(root / "run", root / "acts.zarr", n_latents=30)
     encode(root / "acts.zarr", root / "run", root / "one.zarr", min_activation=0.1)
     return root
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def without_runs(root: Path) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from artefacts import (
 from barcode_writer import BarcodeWriter
 
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
-from stores import activation_writer, csr, latent_writer
+from stores import activation_writer, latent_writer
 from stores.activation_spec import chunks_written
 from stores.activation_store import ActivationStore
 from stores.activation_writer import ActivationWriter
@@ -184,13 +184,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.format
 every_result = pytest.mark.parametrize("kind", RESULT_KINDS, ids=lambda kind: kind.format.kind)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_chunks() -> Iterator[None]:
-    """Seven entries a chunk: commits lie amid chunks of the sparse rows. And no waiting for the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(csr, "CHUNK_ENTRIES", 7)
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture(scope="module")

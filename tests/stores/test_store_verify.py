@@ -1,11 +1,10 @@
 """Verification names every broken promise by chunk and by image; opening for training finds the cheap ones."""
 
 import json
-import os
 import random
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import pytest
 import zarr
 from artefacts import N_IMAGES, UNREADABLE, outcome, write_cache, write_latents
 
-from stores import csr
 from stores.activation_spec import chunk_path
 from stores.activation_store import ActivationStore
 from stores.errors import BadInput, DamagedStore
@@ -31,13 +29,7 @@ from stores.verify import verify_activations, verify_latents
 SHAPE = (4, 3, 4)  # of a chunk: images, tokens, channels; the last of the three chunks holds two images and padding
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_chunks() -> Iterator[None]:
-    """Seven entries a chunk of the sparse rows. And no waiting for the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(csr, "CHUNK_ENTRIES", 7)
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture

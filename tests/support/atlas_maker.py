@@ -1,20 +1,22 @@
 """A small cohort with hostile names, from which an atlas is built: real files, invented latents."""
 
+import base64
 import hashlib
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from click.testing import CliRunner, Result
 from latent_stores import local_client, write_latents
 from PIL import Image
 
-from cli import cli
 from cytocache.demo_cells import draw_cell
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.compare import CompareConfig, compare
@@ -29,6 +31,7 @@ DISEASES = ["AML </title><b>& co", "control"]  # the first nine patients have th
 LABELS = ["neutrophil", "<img src=x onerror=alert(2)>", None]
 DATASETS = ["cells", "</script><b>other"]
 N_LATENTS, IMAGES_PER_PATIENT = 40, 7
+_DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4", "i2": "<i2"}
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,6 @@ def label_of(image: int) -> str | None:
     patient, number = divmod(image, IMAGES_PER_PATIENT)
     common = patient // 2 % 2  # both labels are common in both datasets
     return LABELS[common] if number < 5 else (LABELS[1 - common], None)[number - 5]
-
-
-def cyto(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def make_cohort(root: Path) -> Cohort:
@@ -143,3 +142,18 @@ def write_neighbours(out: Path) -> None:
     writer = begin_results(out, NEIGHBOURS, {"sae_sha256": "1" * 64})
     writer.write_table("neighbours", pa.Table.from_pylist(rows))
     writer.finish({})
+
+
+def data(atlas: Path, name: str) -> dict[str, Any]:
+    """What a data file hands to the page, its columns as arrays."""
+    text = (atlas / "data" / f"{name}.js").read_text()
+    found = re.fullmatch(r'CYTO\.add\("([^"]+)",(.*)\);\n', text, re.DOTALL)
+    assert found
+    assert found[1] == name
+    return {key: _unpacked(value) for key, value in json.loads(found[2]).items()}
+
+
+def _unpacked(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return np.frombuffer(base64.b64decode(value["b64"]), _DTYPES[value["dtype"]])

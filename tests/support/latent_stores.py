@@ -85,12 +85,6 @@ def local_client(workers: int, threads: int, *, processes: bool = False) -> Iter
         yield client
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    """Every file but the run log, which holds times."""
-    files = (path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name != "runs.jsonl"}
-
-
 def random_latents(seed: int, shape: tuple[int, int, int], rows: list[Row], *, share: float = 0.3) -> Float:
     """Sparse positive values of all sizes, some exactly at 0.2 as float32; nothing where an image is unreadable."""
     rng = np.random.default_rng(seed)

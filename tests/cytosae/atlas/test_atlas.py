@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from atlas_maker import DATASETS, DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIENTS, SCRIPT, Cohort, cyto
+from atlas_maker import DATASETS, DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIENTS, SCRIPT, Cohort, data
+from command_line import run
 from latent_stores import local_client
 from PIL import Image
 
@@ -44,14 +45,13 @@ from stores.csr import CsrRows
 from stores.files import sha256_file
 from stores.spec import ATLAS, COMPARISON
 
-DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4", "i2": "<i2"}
 VOID = {"meta", "link", "img", "br", "input"}
 
 
 @pytest.fixture(scope="module")
 def atlas(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built") / "atlas"
-    done = cyto(*cohort.build, out)
+    done = run(*cohort.build, out)
     assert done.exit_code == 0, done.output
     assert "1 image could not be shown" in done.stderr
     return out
@@ -87,21 +87,6 @@ class Page(HTMLParser):
 
 def pages(atlas: Path) -> list[Page]:
     return [Page(path) for path in sorted(atlas.rglob("*.html"))]
-
-
-def data(atlas: Path, name: str) -> dict[str, Any]:
-    """What a data file hands to the page, its columns as arrays."""
-    text = (atlas / "data" / f"{name}.js").read_text()
-    found = re.fullmatch(r'CYTO\.add\("([^"]+)",(.*)\);\n', text, re.DOTALL)
-    assert found
-    assert found[1] == name
-    return {key: unpacked(value) for key, value in json.loads(found[2]).items()}
-
-
-def unpacked(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return np.frombuffer(base64.b64decode(value["b64"]), DTYPES[value["dtype"]])
 
 
 def everything_in(folder: Path) -> str:
@@ -445,7 +430,7 @@ def test_a_patient_s_drawn_cells(atlas: Path, cohort: Cohort) -> None:
 @pytest.mark.stress
 def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
     out = tmp_path / "hidden"
-    done = cyto(*cohort.build, out, "--pseudonyms", "--seed", 5)
+    done = run(*cohort.build, out, "--pseudonyms", "--seed", 5)
     assert done.exit_code == 0, done.output
     text = everything_in(out)
     paths = [f"{n:04d}.png" for n in range(len(cohort.image_ids))]
@@ -491,7 +476,7 @@ def test_with_pseudonyms_images_are_read_in_the_order_of_the_stores(
 
     monkeypatch.setattr(LatentStore, "read_images", spy)
     monkeypatch.setattr("cytosae.atlas.image_pages._NONZEROS_PER_READ", 40_000)
-    done = cyto(*cohort.build, out, "--pseudonyms")
+    done = run(*cohort.build, out, "--pseudonyms")
     assert done.exit_code == 0, done.output
     n_images = len(cohort.image_ids)
     of_pages = reads[: [stop for _, stop in reads].index(n_images) + 1]  # the review's come after
@@ -549,30 +534,30 @@ def test_pseudonyms_are_secret_and_stay(cohort: Cohort, tmp_path: Path) -> None:
     """The seed, which everybody sees, does not decide them; the file does, as long as it lies there."""
     out, file = tmp_path / "hidden", tmp_path / "hidden.pseudonyms.csv"
     build = (*cohort.build, out, "--pseudonyms", "--overwrite", "--patient-images", 0)
-    assert cyto(*build, "--dry-run").exit_code == 0
+    assert run(*build, "--dry-run").exit_code == 0
     assert not file.exists()
     found = []
     for n_images in (2, 1):
-        done = cyto(*build, "--n-images", n_images)
+        done = run(*build, "--n-images", n_images)
         assert done.exit_code == 0, done.output
         found.append(who_is_who(file))
     assert found[0][:2] == found[1][:2]
     file.unlink()
-    lost = cyto(*cohort.build, out, "--pseudonyms", "--patient-images", 0, "--n-images", 1)
+    lost = run(*cohort.build, out, "--pseudonyms", "--patient-images", 0, "--n-images", 1)
     assert lost.exit_code == 1
     assert "with other settings (pseudonyms_key_sha256" in lost.stderr
     assert not file.exists()
-    assert cyto(*build).exit_code == 0
+    assert run(*build).exit_code == 0
     assert who_is_who(file)[1] != found[0][1]
     file.write_text("my own")
-    refused = cyto(*build)
+    refused = run(*build)
     assert refused.exit_code == 1
     assert "is in the way of who is who" in refused.stderr
     assert file.read_text() == "my own"
 
 
 def test_dry_run_says_what_would_be_written(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
-    done = cyto(*cohort.build, tmp_path / "not", "--dry-run", "--json")
+    done = run(*cohort.build, tmp_path / "not", "--dry-run", "--json")
     assert done.exit_code == 0, done.output
     assert not [*tmp_path.iterdir()]
     said, real = json.loads(done.stdout), ResultStore(atlas, ATLAS).header.summary or {}
@@ -627,14 +612,14 @@ def test_a_review_shows_the_whole_range_of_a_latent(cohort: Cohort, atlas: Path)
 
 @pytest.mark.stress
 def test_all_and_top_pages(cohort: Cohort, tmp_path: Path) -> None:
-    assert cyto(*cohort.build, tmp_path / "all", "--pages", "all", "--n-images", 2).exit_code == 0
+    assert run(*cohort.build, tmp_path / "all", "--pages", "all", "--n-images", 2).exit_code == 0
     assert shown_latents(tmp_path / "all") == list(range(N_LATENTS))
     silent = Page(tmp_path / "all" / "concepts" / "39.html")
     assert "Never active" in silent.text
     assert "No patient has a barcode above 0" in silent.text
     first = Page(tmp_path / "all" / "concepts" / "0.html")
     assert len(maps_in(section(first, "references"))) == 4  # two of each dataset
-    assert cyto(*cohort.build, tmp_path / "top", "--pages", "top", "--top", 4, "--patient-images", 0).exit_code == 0
+    assert run(*cohort.build, tmp_path / "top", "--pages", "top", "--top", 4, "--patient-images", 0).exit_code == 0
     means = ConceptStore(cohort.root / "concepts").latents()["mean_activation"].to_numpy().reshape(2, -1).max(axis=0)
     assert shown_latents(tmp_path / "top") == sorted(np.argsort(-means, kind="stable")[:4].tolist())
 
@@ -648,13 +633,13 @@ def test_a_number_of_top_pages_without_top_pages_is_refused() -> None:
 
 def test_a_repeated_build_is_complete_and_overwrite_replaces(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
     out = shutil.copytree(atlas, tmp_path / "atlas")
-    again = cyto(*cohort.build, out)
+    again = run(*cohort.build, out)
     assert again.exit_code == 0, again.output
     assert "already complete" in again.stderr
-    other = cyto(*cohort.build, out, "--n-images", 1)
+    other = run(*cohort.build, out, "--n-images", 1)
     assert other.exit_code == 1
     assert "holds an atlas with other settings (n_images 10 against 1)" in other.stderr
-    assert cyto(*cohort.build, out, "--n-images", 1, "--overwrite").exit_code == 0
+    assert run(*cohort.build, out, "--n-images", 1, "--overwrite").exit_code == 0
     assert len(maps_in(section(Page(out / "concepts" / "3.html"), "references"))) == 2
 
 
@@ -662,11 +647,11 @@ def test_an_atlas_without_anything_optional(cohort: Cohort, tmp_path: Path) -> N
     shutil.copytree(cohort.root / "concepts", tmp_path / "concepts")
     (tmp_path / "concepts" / "selection.parquet").unlink()
     base = ["atlas", "build", "--barcodes", cohort.root / "barcodes", "--latents", cohort.root / "latents"]
-    none = cyto(*base, "--concepts", tmp_path / "concepts", "-o", tmp_path / "none")
+    none = run(*base, "--concepts", tmp_path / "concepts", "-o", tmp_path / "none")
     assert none.exit_code == 1
     assert "no selection in" in none.stderr
     assert "--pages top" in none.stderr
-    done = cyto(*base, "--concepts", cohort.root / "concepts", "-o", tmp_path / "bare")
+    done = run(*base, "--concepts", cohort.root / "concepts", "-o", tmp_path / "bare")
     assert done.exit_code == 0, done.output
     assert "where the images lie is not known" in done.stderr
     assert "say where they are with --images" in done.stderr
@@ -697,7 +682,7 @@ def test_an_atlas_of_any_cohort(cohort: Cohort, tmp_path: Path, whose: str) -> N
     with local_client(1, 2) as client:
         write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client, table=tmp_path / "table.parquet")
     base = ["atlas", "build", "--barcodes", barcodes, "--latents", latents, "--concepts", cohort.root / "concepts"]
-    done = cyto(*base, "--images", cohort.root / "images", "-o", tmp_path / "atlas")
+    done = run(*base, "--images", cohort.root / "images", "-o", tmp_path / "atlas")
     assert done.exit_code == 0, done.output
     first = (tmp_path / "atlas" / "index.html").read_text()
     assert ('href="patients.html"' in first) == (whose != "nobody")
@@ -709,19 +694,19 @@ def test_an_atlas_of_any_cohort(cohort: Cohort, tmp_path: Path, whose: str) -> N
 
 def test_stores_that_do_not_belong_together_are_refused(cohort: Cohort, tmp_path: Path) -> None:
     root = cohort.root
-    twice = cyto(*cohort.build, tmp_path / "a", "--compare", root / "compare")
+    twice = run(*cohort.build, tmp_path / "a", "--compare", root / "compare")
     assert "compare the same diseases; give one of them" in twice.stderr
     other = shutil.copytree(root / "neighbours", tmp_path / "neighbours")
     changed = (other / "neighbours.json").read_text().replace("1" * 64, "2" * 64)
     changed = re.sub(r'"identity": "\w+"', f'"identity": "{identity_of(changed)}"', changed)
     (other / "neighbours.json").write_text(changed)
-    done = cyto(*cohort.build, tmp_path / "a", "--neighbours", other)
+    done = run(*cohort.build, tmp_path / "a", "--neighbours", other)
     assert done.exit_code == 1
     assert "is of another SAE (222222222222…)" in done.stderr
-    two = cyto(*cohort.build, tmp_path / "a", "--latents", root / "latents", "--images", root / "images")
+    two = run(*cohort.build, tmp_path / "a", "--latents", root / "latents", "--images", root / "images")
     assert two.exit_code == 1
     assert "was made from other latents" in two.stderr
-    inside = cyto(*cohort.build[:-1], "-o", root / "barcodes" / "atlas")
+    inside = run(*cohort.build[:-1], "-o", root / "barcodes" / "atlas")
     assert "lies inside barcodes" in inside.stderr
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from atlas_maker import DATASETS, N_LATENTS, Cohort, cyto
+from atlas_maker import DATASETS, N_LATENTS, Cohort
 from browser import VIEWPORT, Watched, axe, photograph
+from command_line import run as cyto
 from PIL import Image
 from places import ROOT
 

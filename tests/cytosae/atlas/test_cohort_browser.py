@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from atlas_maker import Cohort, cyto
+from atlas_maker import Cohort
 from browser import Watched, axe
+from command_line import run as cyto
 from PIL import Image
 
 from stores import ResultStore

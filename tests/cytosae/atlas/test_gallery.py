@@ -1,6 +1,5 @@
 """The overview's columns and cards against the stores, computed the slow way; and what they cost in bytes."""
 
-import base64
 import itertools
 import json
 import math
@@ -14,8 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as ss
-from atlas_maker import DATASETS, IMAGES_PER_PATIENT, N_LATENTS, Cohort, cyto, label_of
+from atlas_maker import DATASETS, IMAGES_PER_PATIENT, N_LATENTS, Cohort, data, label_of
 from big_gallery import PAIRS, big_gallery
+from command_line import run
 from PIL import Image
 
 from cytosae.atlas import gallery_files, lies_on
@@ -28,7 +28,6 @@ from cytosae.review.opinions import VERDICTS
 from cytosae.review.verdicts import Verdict, save_verdict
 from stores import ConceptStore
 
-DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4", "i2": "<i2"}
 CARD_BYTES = 12_000  # of a card's picture
 ROW_BYTES = 28  # of a concept in data/gallery.js
 SCREEN = 24  # cards that a large screen shows before it is scrolled, and the rows around
@@ -51,21 +50,9 @@ def test_the_browser_counts_words_as_python_does() -> None:
 def atlas(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All latents have a page, also the one that is never active."""
     out = tmp_path_factory.mktemp("built") / "atlas"
-    done = cyto(*cohort.build, out, "--pages", "all")
+    done = run(*cohort.build, out, "--pages", "all")
     assert done.exit_code == 0, done.output
     return out
-
-
-def data(atlas: Path, name: str) -> dict[str, Any]:
-    text = (atlas / "data" / f"{name}.js").read_text()
-    found = json.loads(text[text.index(",") + 1 : text.rindex(")")])
-    return {key: _unpacked(value) for key, value in found.items()}
-
-
-def _unpacked(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return np.frombuffer(base64.b64decode(value["b64"]), DTYPES[value["dtype"]])
 
 
 def top_rows(cohort: Cohort, latent: int) -> list[dict[str, Any]]:
@@ -344,7 +331,7 @@ def test_verdicts_of_experts_stand_on_the_cards(cohort: Cohort, tmp_path: Path) 
         save_verdict(tmp_path / "reviews", replace(line, verdict=answer, name=name))
     other = replace(verdict, reviewer="Ada", item="x", latent=fourth, concepts="0" * 64, verdict="not")
     save_verdict(tmp_path / "reviews", other)
-    assert cyto(*build).exit_code == 0
+    assert run(*build).exit_code == 0
     found = data(tmp_path / "atlas", "gallery")
     shown = {latent: VERDICTS[code] for latent, code in zip(found["latents"].tolist(), found["verdict"], strict=True)}
     wanted = ["meaningful", "not meaningful", "verdicts differ", "not yet reviewed"]
@@ -354,7 +341,7 @@ def test_verdicts_of_experts_stand_on_the_cards(cohort: Cohort, tmp_path: Path) 
     assert names == {first: "lobes", third: "granules"}
     line = replace(verdict, reviewer="Bob", item=f"i{second}", latent=second, concepts=concepts.identity)
     save_verdict(tmp_path / "reviews", replace(line, verdict="not"))
-    again = cyto(*build)
+    again = run(*build)
     assert again.exit_code == 0, "what is shown is the same"
     save_verdict(tmp_path / "reviews", replace(line, verdict="unsure"))
-    assert "with other settings (reviews" in cyto(*build).stderr
+    assert "with other settings (reviews" in run(*build).stderr

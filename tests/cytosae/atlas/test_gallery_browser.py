@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from atlas_maker import Cohort, cyto
+from atlas_maker import Cohort
 from big_gallery import PAIRS, big_gallery
 from browser import Watched
+from command_line import run
 
 from cytosae.atlas.gallery_files import first_order, write_gallery_data
 from cytosae.atlas.site import Site, packed, script_data
@@ -35,7 +36,7 @@ DEEP = """() => {
 @pytest.fixture(scope="module")
 def atlas(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built") / "atlas"
-    assert cyto(*cohort.build, out).exit_code == 0
+    assert run(*cohort.build, out).exit_code == 0
     return out
 
 

@@ -1,13 +1,9 @@
 """Ground told from pictures: against cells that are drawn with a known place, and the rule as plain loops."""
 
 import numpy as np
-import numpy.typing as npt
+from white_cells import SIDE, Bools, Pixels, of_patches
 
 from cytosae.atlas.ground import ground_of, ground_threshold, light_of, points_of
-
-SIDE = 16
-Pixels = npt.NDArray[np.uint8]
-Bools = npt.NDArray[np.bool_]
 
 
 def smear(rng: np.random.Generator, *, is_dark: bool = False) -> tuple[Pixels, Bools]:
@@ -25,11 +21,6 @@ def smear(rng: np.random.Generator, *, is_dark: bool = False) -> tuple[Pixels, B
     picture += rng.normal(0, 2, picture.shape)
     picture = 255 - picture if is_dark else picture
     return picture.clip(0, 255).astype(np.uint8), cell | ring
-
-
-def of_patches(pixels: Bools) -> npt.NDArray[np.float64]:
-    """(patches,) shares."""
-    return np.asarray(pixels.reshape(SIDE, 16, SIDE, 16).mean(axis=(1, 3)).ravel())
 
 
 def test_background_is_told_from_cells_of_every_colour() -> None:

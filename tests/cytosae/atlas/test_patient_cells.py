@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from atlas_maker import DISEASES, IMAGES_PER_PATIENT, LABELS, N_LATENTS, PATIENTS, SCRIPT, Cohort, cyto
+from atlas_maker import DISEASES, IMAGES_PER_PATIENT, LABELS, N_LATENTS, PATIENTS, SCRIPT, Cohort
+from command_line import run
 
 from cytosae.atlas import AtlasConfig, Inputs, open_inputs
 from cytosae.atlas.cell_choice import SHOWN, CellChoice, choose_cells
@@ -30,7 +31,7 @@ from stores.spec import ATLAS, MATCH
 @pytest.fixture(scope="module")
 def atlas(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built") / "atlas"
-    done = cyto(*cohort.build, out)
+    done = run(*cohort.build, out)
     assert done.exit_code == 0, done.output
     return out
 
@@ -273,7 +274,7 @@ def test_another_atlas_stands_beside(cohort: Cohort, atlas: Path, tmp_path: Path
     lost = {**row, "latent_a": 39, "is_counterpart": False, "cosine": None}
     match = match_of(barcodes, barcodes, tmp_path / "match", [{**row, "is_counterpart": True, "cosine": None}, lost])
     out = tmp_path / "both"
-    done = cyto(*cohort.build, out, "--beside", atlas, "--match", match)
+    done = run(*cohort.build, out, "--beside", atlas, "--match", match)
     assert done.exit_code == 0, done.output
     text = (out / "beside.html").read_text()
     (article,) = text.split('<article class="sides"')[1:]
@@ -296,16 +297,16 @@ def test_another_atlas_stands_beside(cohort: Cohort, atlas: Path, tmp_path: Path
     assert "beside.html" not in (atlas / "index.html").read_text()
 
     wrong = match_of(barcodes, "9" * 64, tmp_path / "wrong", [lost])
-    refused = cyto(*cohort.build, tmp_path / "not", "--beside", atlas, "--match", wrong)
+    refused = run(*cohort.build, tmp_path / "not", "--beside", atlas, "--match", wrong)
     assert refused.exit_code == 1
     assert "does not match the barcodes of this atlas with those of" in refused.stderr
-    alone = cyto(*cohort.build, tmp_path / "not", "--match", match)
+    alone = run(*cohort.build, tmp_path / "not", "--match", match)
     assert "give it with --beside" in alone.stderr
 
 
 @pytest.mark.stress
 def test_without_a_match_the_other_atlas_is_of_the_same_sae(cohort: Cohort, atlas: Path, tmp_path: Path) -> None:
-    done = cyto(*cohort.build, tmp_path / "both", "--beside", atlas, "--pages", "top", "--top", 5)
+    done = run(*cohort.build, tmp_path / "both", "--beside", atlas, "--pages", "top", "--top", 5)
     assert done.exit_code == 0, done.output
     text = (tmp_path / "both" / "beside.html").read_text()
     rows = [int(number) for number in re.findall(r'<article class="sides" data-latent="(\d+)"', text)]
@@ -319,7 +320,7 @@ def test_without_a_match_the_other_atlas_is_of_the_same_sae(cohort: Cohort, atla
     ][:1]
     before = picture.read_bytes()
     picture.write_bytes(before + b"more")
-    damaged = cyto(*cohort.build, tmp_path / "not", "--beside", atlas)
+    damaged = run(*cohort.build, tmp_path / "not", "--beside", atlas)
     picture.write_bytes(before)
     assert damaged.exit_code == 1
     assert "is not the file that was written" in damaged.stderr

@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 import reference
 import zarr
+from artefacts import contents
 from click.testing import CliRunner
 from distributed import Client
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latent_stores import Row, contents, local_client, random_latents, write_latents
+from latent_stores import Row, local_client, random_latents, write_latents
 from places import GOLDEN
 from zarr.codecs import GzipCodec
 
@@ -53,20 +54,6 @@ from stores.verify import verify_barcodes
 from stores.verify_any import verify
 
 LEVELS = ("image", "patient", "disease")
-
-
-@pytest.fixture(scope="module")
-def threads() -> Iterator[Client]:
-    """Two threads in this process."""
-    with local_client(1, 2) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Client]:
-    """Two worker processes of one thread, as `cyto barcode` starts them."""
-    with local_client(2, 1, processes=True) as client:
-        yield client
 
 
 def layers_of(table: anndata.AnnData) -> dict[Any, Any]:

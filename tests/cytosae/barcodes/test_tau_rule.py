@@ -2,18 +2,18 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
+from artefacts import contents
 from click.testing import CliRunner
 from distributed import Client
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latent_stores import Row, contents, local_client, random_latents, write_latents
+from latent_stores import Row, random_latents, write_latents
 
 from cli import cli
 from cytosae.barcodes import BarcodeConfig, write_barcodes
@@ -22,18 +22,6 @@ from cytosae.barcodes.value_counts import N_BINS, ValueCounts, ValueScanner, low
 from stores import BadInput, BarcodeStore, DamagedStore, LatentStore, SpecMismatch, verify_folder
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
-
-@pytest.fixture(scope="module")
-def threads() -> Iterator[Client]:
-    with local_client(1, 2) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Client]:
-    with local_client(2, 1, processes=True) as client:
-        yield client
 
 
 ROWS: list[Row] = [(f"P{i % 5}", "AB"[i % 5 % 2], i % 7 != 3) for i in range(30)]

@@ -25,9 +25,10 @@ from typing import Any
 import anndata
 import numpy as np
 import pytest
+from artefacts import contents
 from distributed import Client
 from distributed.security import Security
-from latent_stores import Row, contents, local_client, random_latents, write_latents
+from latent_stores import Row, local_client, random_latents, write_latents
 from object_server import ObjectServer, serving
 from places import ROOT
 

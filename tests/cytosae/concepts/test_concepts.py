@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import reference
-from click.testing import CliRunner, Result
+from command_line import run
 from distributed import Client
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latent_stores import local_client, write_latents
 from places import SHARED
 
-from cli import cli
 from cytosae.concepts import ConceptConfig, compare_thresholds, concept_statistics, top_images
 from cytosae.concepts import statistics as concepts_module
 from cytosae.concepts.figures import Panel, latents_above, plot_scatter, plot_thresholds
@@ -36,18 +35,8 @@ Float = npt.NDArray[np.float32]
 RELEASED = SHARED / "released_mll23" / "feature_data.npz"
 
 
-def cyto(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
 def same(found: npt.ArrayLike, wanted: npt.ArrayLike, rtol: float = 1e-12) -> None:
     np.testing.assert_allclose(np.asarray(found, float), np.asarray(wanted, float), rtol=rtol, atol=1e-12)
-
-
-@pytest.fixture(scope="module")
-def threads() -> Iterator[Client]:
-    with local_client(1, 2) as client:
-        yield client
 
 
 @pytest.fixture
@@ -640,7 +629,7 @@ def test_commands(tmp_path: Path) -> None:
     root, _ = write_difficult(tmp_path / "latents.zarr")
     out = tmp_path / "cells.concepts"
     step = ("concept", "stats", root, "-o", out, "--workers", 1, "--min-support", 2, "--shuffles", 5)
-    done = cyto(*step)
+    done = run(*step)
     assert done.exit_code == 0, done.output
     assert f"{out}: 24 latents, token set all" in done.stdout
     assert "blank: 0 images (1 unreadable), 0 with one of 0 labels; 24 latents never active" in done.stdout
@@ -655,19 +644,19 @@ def test_commands(tmp_path: Path) -> None:
     )
     assert "warning: a mean activation of 0.001 belongs to the released SAE" in done.stderr
     before = tables(out)
-    again = cyto(*step)
+    again = run(*step)
     assert "already complete" in again.stderr
     assert again.stdout == done.stdout
     assert tables(out) == before
-    refused = cyto(*step, "--seed", 1)
+    refused = run(*step, "--seed", 1)
     assert refused.exit_code == 1
     assert "with other settings (seed 0 against 1)" in refused.stderr
 
-    page = cyto("concept", "top", out, 1, "--dataset", "mixed").stdout
+    page = run("concept", "top", out, 1, "--dataset", "mixed").stdout
     assert "latent 1 in mixed" in page
     assert re.search(r"^    1  0.5 +id-\d+", page, re.MULTILINE)
     assert page.splitlines() == list(top_images(out, 1, dataset="mixed").lines())
-    found = json.loads(cyto("concept", "top", out, 1, "--json").stdout)
+    found = json.loads(run("concept", "top", out, 1, "--json").stdout)
     assert [each["dataset"] for each in found["by_dataset"]] == ["blank", "mixed", "plain"]
     assert [row["rank"] for row in found["by_dataset"][1]["top_images"]] == list(range(1, 11))
     assert found["by_dataset"][0]["top_images"] == []
@@ -675,20 +664,20 @@ def test_commands(tmp_path: Path) -> None:
         "no latent 24 in .*: it has 24 latents, counted from 0; give 0 to 23": (24,),
         "no dataset 'x' in .*; it holds blank, mixed, plain": (1, "--dataset", "x"),
     }.items():
-        failed = cyto("concept", "top", out, *arguments)
+        failed = run("concept", "top", out, *arguments)
         assert failed.exit_code == 1
         assert re.search(words, failed.stderr), failed.stderr
 
     shutil.copytree(out, tmp_path / "wide.concepts")
     both = (out, tmp_path / "wide.concepts")
-    shown = cyto("concept", "thresholds", *both, "-o", tmp_path / "widths", "--dataset", "mixed")
+    shown = run("concept", "thresholds", *both, "-o", tmp_path / "widths", "--dataset", "mixed")
     assert shown.exit_code == 0, shown.output
     compared = compare_thresholds(both, tmp_path / "widths", dataset="mixed")
     assert compared.was_complete
     assert shown.stdout.splitlines() == list(compared.lines())
     assert "data:image/png;base64," in compared._repr_html_()
     rows = json.loads(
-        cyto("concept", "thresholds", *both, "-o", tmp_path / "widths", "--dataset", "mixed", "--json").stdout
+        run("concept", "thresholds", *both, "-o", tmp_path / "widths", "--dataset", "mixed", "--json").stdout
     )
     mean = ConceptStore(out).latents("mixed")["mean_activation"].to_numpy()
     assert rows["counts"][0]["n_above"] == [int((mean > 10.0**at).sum()) for at in rows["log10_thresholds"]]
@@ -697,5 +686,5 @@ def test_commands(tmp_path: Path) -> None:
     assert {row["concepts"] for row in table} == {"cells.concepts", "wide.concepts"}
     assert (tmp_path / "widths" / "thresholds.svg").exists()
     assert find_header(tmp_path / "widths").kind == "thresholds"  # type: ignore[union-attr]
-    twice = cyto("concept", "thresholds", out, out, "-o", tmp_path / "twice")
+    twice = run("concept", "thresholds", out, out, "-o", tmp_path / "twice")
     assert "two folders of concepts would both be called" in twice.stderr

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from artefacts import contents
 from click.testing import CliRunner
 from fake_cuda import FakeCuda
 from sparse_tokens import random_tokens, write_sae
@@ -35,12 +36,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_cache(root / "acts.zarr", random_tokens(7), unreadable=(1, 6), chunk_images=3)
     write_sae(root / "run", root / "acts.zarr", n_latents=40)
     return root
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Every file of a store but the run log."""
-    files = (path for path in root.rglob("*") if path.is_file() and path.name != "runs.jsonl")
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 def on_cpu(p: torch.Tensor, rounding: Rounding) -> SparseRows:

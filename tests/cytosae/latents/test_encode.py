@@ -17,6 +17,7 @@ import reference
 import scipy.sparse as ss
 import torch
 import zarr
+from artefacts import contents
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,12 +81,6 @@ def dense_latents(cache: Path, run: Path) -> Float:
             block[ok] = model.encode(x).numpy().reshape(*block[ok].shape)
         blocks.append(block.reshape(-1, model.n_latents))
     return np.concatenate(blocks)
-
-
-def _contents(root: Path) -> dict[str, bytes]:
-    """Every file of a store but the run log, which holds times."""
-    files = (path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name != "runs.jsonl"}
 
 
 # ------------------------------------------------------------------------------------------- values
@@ -315,7 +310,7 @@ def test_screened_or_not_a_continued_store_is_the_same(tmp_path: Path, stop_at: 
     encode(cache, run, tmp_path / "latents.zarr")
     for number in (1, 0):
         encode(cache, run, tmp_path / "shards.zarr", shard=Shard(number, 2))
-    assert _contents(tmp_path / "latents.zarr") == _contents(tmp_path / "never.zarr")
+    assert contents(tmp_path / "latents.zarr") == contents(tmp_path / "never.zarr")
     wanted, found = (LatentStore(tmp_path / name).read_images(0, 12) for name in ("never.zarr", "shards.zarr"))
     for name in ("indptr", "indices", "values"):
         assert getattr(found, name).tobytes() == getattr(wanted, name).tobytes()
@@ -334,7 +329,7 @@ def test_screened_values_do_not_depend_on_the_batch_size(tmp_path: Path, screene
     finally:
         torch.set_num_threads(n_threads)
     assert screened == [True] * 9
-    assert _contents(tmp_path / "five.zarr") == _contents(tmp_path / "all.zarr") == _contents(tmp_path / "one.zarr")
+    assert contents(tmp_path / "five.zarr") == contents(tmp_path / "all.zarr") == contents(tmp_path / "one.zarr")
 
 
 @needs_screen
@@ -490,7 +485,7 @@ def test_interrupted_at_any_chunk_and_continued_is_the_same_store(wide: Path, tm
         LatentStore(latents)
     encode(wide / "acts.zarr", wide / "run", latents, progress=lambda done, total, state: seen.append(done))
     assert seen == list(range(stop_at - 3, 13, 3))  # what was committed is counted, and not done again
-    assert _contents(latents) == _contents(wide / "never.zarr")
+    assert contents(latents) == contents(wide / "never.zarr")
     assert len(read_runs(latents)) == 2
 
 
@@ -509,7 +504,7 @@ def test_interrupted_again_and_again_is_the_same_store(wide: Path, tmp_path: Pat
             encode(wide / "acts.zarr", wide / "run", latents, progress=interrupt)
     encode(wide / "acts.zarr", wide / "run", latents, progress=interrupt)
     assert began == [0, 3, 6, 9]
-    assert _contents(latents) == _contents(wide / "never.zarr")
+    assert contents(latents) == contents(wide / "never.zarr")
 
 
 @pytest.mark.stress
@@ -543,7 +538,7 @@ def test_a_command_killed_at_random_moments_and_repeated_gives_the_same_store(tm
     assert header is not None
     again = CliRunner().invoke(cli, arguments)
     assert again.exit_code == 0, again.output
-    assert _contents(latents) == _contents(tmp_path / "never.zarr")
+    assert contents(latents) == contents(tmp_path / "never.zarr")
 
 
 @pytest.mark.parametrize("name", ["append_tokens", "commit"])
@@ -568,7 +563,7 @@ def test_an_error_of_the_writing_thread_ends_the_job(
             encode(wide / "acts.zarr", wide / "run", latents)
     assert n_calls == 2
     encode(wide / "acts.zarr", wide / "run", latents)
-    assert _contents(latents) == _contents(wide / "never.zarr")
+    assert contents(latents) == contents(wide / "never.zarr")
 
 
 def test_a_complete_store_is_not_encoded_again(made: Path, tmp_path: Path) -> None:
