@@ -1,7 +1,9 @@
 """Every command: one success, the commonest mistakes, and what it prints."""
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,29 +11,32 @@ from pathlib import Path
 
 import click
 import pytest
-from command_line import fails, run
+from command_line import commands, fails, run
+from places import ROOT
 
-from cli import cli
 from cytocache import datasets
 from stores import BadInput
 
 
-def commands(name: str, command: click.Command) -> list[tuple[str, click.Command]]:
-    if not isinstance(command, click.Group):  # `cyto barcode` counts, and has `export` below it
-        below = getattr(command, "commands", {})
-        return [(name, command), *((f"{name} {child}", inner) for child, inner in below.items())]
-    context, found = click.Context(command), []
-    for child in command.list_commands(context):
-        inner = command.get_command(context, child)
-        assert inner is not None
-        found += commands(f"{name} {child}", inner)
-    return found
+def test_every_command_stands_in_the_table_of_contributing() -> None:
+    rows = re.findall(r"^\| (`cyto [^|]*) \| `([\w/]+\.py)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    listed = {}
+    for names, module in rows:
+        first, *others = re.findall(r"`([^`]+)`", names)
+        group = first.removeprefix("cyto ").rpartition(" ")[0]
+        for name in (first.removeprefix("cyto "), *(f"{group} {other}".strip() for other in others)):
+            listed[name] = module
+    assert listed == {
+        name: f"{inspect.unwrap(command.callback).__module__.replace('.', '/')}.py"
+        for name, command in commands()
+        if command.callback is not None
+    }
 
 
-@pytest.mark.parametrize(("name", "command"), commands("cyto", cli), ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "command"), [*commands()], ids=lambda value: str(value))
 def test_every_command_has_help_and_an_example(name: str, command: click.Command) -> None:
     assert command.help
-    assert f"Example: {name}" in command.help
+    assert f"Example: cyto {name}" in command.help
     options = [option for option in command.params if isinstance(option, click.Option)]
     assert all(option.help for option in options)
 
@@ -187,8 +192,8 @@ def test_choices_are_those_of_the_library() -> None:
     from stores.token_sets import TOKEN_SETS
 
     offered = {
-        (name, option.name): tuple(option.type.choices)
-        for name, command in commands("cyto", cli)
+        (f"cyto {name}", option.name): tuple(option.type.choices)
+        for name, command in commands()
         for option in command.params
         if isinstance(option.type, click.Choice)
     }

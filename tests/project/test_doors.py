@@ -3,13 +3,11 @@
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import click
 import pytest
-
-from cli import cli
+from command_line import commands
 
 # command -> the call behind it, and the configs that the call takes; `demo` is a tour of the others
 FUNCTIONS: dict[str, tuple[str, ...]] = {
@@ -67,22 +65,7 @@ OTHER_NAMES = {"taus": "tau", "show_labels": "shows_labels", "review_only": "is_
 NOT_COMPARED = {("probe", "mil")}  # a switch on the command line, a config in Python
 
 
-def commands(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Command]]:
-    """(`cache extract`, command) of all commands below a group; a command may have commands of its own (`barcode`)."""
-    context = click.Context(group)
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        assert command is not None
-        place = f"{path} {name}".strip()
-        if isinstance(command, click.Group):
-            yield from commands(command, place)
-            continue
-        yield place, command
-        for inner, below in getattr(command, "commands", {}).items():
-            yield f"{place} {inner}", below
-
-
-COMMANDS = dict(commands(cli))
+COMMANDS = dict(commands())
 
 
 def at_door(name: str) -> Any:

@@ -31,6 +31,7 @@ DISEASES = ["AML </title><b>& co", "control"]  # the first nine patients have th
 LABELS = ["neutrophil", "<img src=x onerror=alert(2)>", None]
 DATASETS = ["cells", "</script><b>other"]
 N_LATENTS, IMAGES_PER_PATIENT = 40, 7
+OF_NOBODY = f"nobody/{len(PATIENTS) * IMAGES_PER_PATIENT}"  # the id of the last image
 _DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4", "i2": "<i2"}
 
 

@@ -1,7 +1,9 @@
 """What test_cli.py and other tests share."""
 
 import re
+from collections.abc import Iterator
 
+import click
 from click.testing import CliRunner, Result
 
 from cli import cli
@@ -19,3 +21,18 @@ def fails(words: str, *arguments: object) -> None:
     assert len(lines) == 1
     assert re.search(words, lines[0]), lines[0]
     assert "Traceback" not in done.output
+
+
+def commands(group: click.Group = cli, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    """(`cache extract`, command) of all commands below a group; a command may have commands of its own (`barcode`)."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        place = f"{path} {name}".strip()
+        if isinstance(command, click.Group):
+            yield from commands(command, place)
+            continue
+        yield place, command
+        for inner, below in getattr(command, "commands", {}).items():
+            yield f"{place} {inner}", below
