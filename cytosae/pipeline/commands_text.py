@@ -16,7 +16,7 @@ _OPTION_OF = {
     "thresholds": "--threshold",
 }
 # settings of training that have an option; the others are read from the recipe, with --config
-_OF_TRAINING = (
+OF_TRAINING = (
     *("expansion", "activation", "k", "target_l0", "l1", "lr", "warmup_steps", "schedule", "batch_tokens", "tokens"),
     *("epochs", "token_set", "mix", "holdout", "holdout_by", "dead_latents", "b_dec_init", "seed", "precision"),
     *("loss", "init", "clip_norm", "nested", "background"),
@@ -57,8 +57,8 @@ def training_options(settings: Mapping[str, Any], recipe: str) -> list[str]:
     """
     usual = {each.name: each.default for each in fields(TrainConfig)}
     settings = {name: value for name, value in settings.items() if not value == usual.get(name) == "auto"}
-    has_more = any(name not in _OF_TRAINING and value != usual.get(name) for name, value in settings.items())
-    given = {name: value for name, value in settings.items() if name in _OF_TRAINING}
+    has_more = any(name not in OF_TRAINING and value != usual.get(name) for name, value in settings.items())
+    given = {name: value for name, value in settings.items() if name in OF_TRAINING}
     return [*(["--config", recipe] if has_more else []), *options(given)]
 
 
