@@ -25,7 +25,7 @@ class Panel:
     """The latents of one SAE in one dataset."""
 
     name: str
-    frequency: Floats  # (n_latents,) 0: never fires
+    frequency: Floats  # (n_latents,) 0: never active
     mean_activation: Floats
     entropy: Floats  # NaN: not known
 
@@ -45,8 +45,8 @@ def latents_above(mean_activation: npt.ArrayLike, thresholds: npt.ArrayLike) -> 
 def plot_scatter(panels: Sequence[Panel], path: Path) -> None:
     """log10 frequency against log10 mean activation, coloured by label entropy, with histograms along both axes.
 
-    Latents that never fire have no place here; they are counted above the panel. All panels have the same axes. At most
-    12 panels are drawn, and the rest is counted.
+    Latents that are never active have no place here; they are counted above the panel. All panels have the same axes.
+    At most 12 panels are drawn, and the rest is counted.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -77,10 +77,10 @@ def plot_scatter(panels: Sequence[Panel], path: Path) -> None:
 def plot_thresholds(panels: Sequence[Panel], path: Path) -> None:
     """The number of latents above a mean activation, against that mean activation: one curve per panel."""
     figure, axes = new_figure(width=6.2, height=4.2)
-    fires = [panel.mean_activation[panel.mean_activation > 0] for panel in panels]
-    low, high = _limits(np.log10(np.concatenate(fires)))
+    means = [panel.mean_activation[panel.mean_activation > 0] for panel in panels]
+    low, high = _limits(np.log10(np.concatenate(means)))
     grid = np.linspace(low, high, 500)
-    for number, (panel, values) in enumerate(zip(panels, fires, strict=True)):
+    for number, (panel, values) in enumerate(zip(panels, means, strict=True)):
         counts = latents_above(values, 10**grid).astype(float)
         counts[counts == 0] = np.nan  # has no logarithm
         style = _DASHES[number // len(COLORS) % len(_DASHES)]
@@ -88,7 +88,7 @@ def plot_thresholds(panels: Sequence[Panel], path: Path) -> None:
         axes.plot(grid, counts, style, color=color, linewidth=1.5, label=plain(panel.name))
     axes.axvline(np.log10(MEANINGFUL), color="0.5", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
-    axes.set_ylim(0.8, 1.5 * max(2, *map(len, fires)))
+    axes.set_ylim(0.8, 1.5 * max(2, *map(len, means)))
     axes.set_xlim(low, high)
     axes.set_xlabel("log10 threshold on the mean activation (dotted: 10^-3)", fontsize=8)
     axes.set_ylabel("latents above the threshold", fontsize=8)
@@ -132,9 +132,9 @@ def _caption(panel: Panel, n_unknown: int) -> str:
 
 
 def _points(panel: Panel) -> Floats:
-    """(2, n) log10 of frequency and of mean activation, of the latents that fire."""
-    fires = panel.frequency > 0
-    return np.log10(np.stack([panel.frequency[fires], panel.mean_activation[fires]]))
+    """(2, n) log10 of frequency and of mean activation, of the latents that are active at all."""
+    is_active = panel.frequency > 0
+    return np.log10(np.stack([panel.frequency[is_active], panel.mean_activation[is_active]]))
 
 
 def _limits(values: Floats) -> tuple[float, float]:

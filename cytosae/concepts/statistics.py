@@ -394,7 +394,7 @@ def _describe(number: int, images: _Images, sums: LatentSums, top: TopImages, co
         value=top.value[latent, rank],
         **{column: _named(images.labels[column][0], labels[column][image]) for column in LABEL_COLUMNS},
     )
-    fires = sums.n_active > 0
+    is_active = sums.n_active > 0
     is_labelled = labels[config.label] >= 0
     of_patient = images.patient[is_labelled]
     summary = {
@@ -403,9 +403,9 @@ def _describe(number: int, images: _Images, sums: LatentSums, top: TopImages, co
         "n_unreadable": int(((images.dataset == number) & ~images.is_readable).sum()),
         "n_labelled": int(is_labelled.sum()),
         "n_labels": len(np.unique(labels[config.label][labels[config.label] >= 0])),
-        "n_silent": int((~fires).sum()),
+        "n_silent": int((~is_active).sum()),
         "n_meaningful": int((mean >= MEANINGFUL).sum()),
-        "n_without_entropy": int((fires & np.isnan(entropy)).sum()),
+        "n_without_entropy": int((is_active & np.isnan(entropy)).sum()),
         "n_patients": len(np.unique(of_patient[of_patient >= 0])),
         "n_labelled_without_patient": int((of_patient < 0).sum()),
         "n_entropy_q_05": int((entropy_q <= 0.05).sum()),  # NaN is not

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION, FILE = "SAE health", 1, "health.json"
 NEARLY_ALL = 0.9  # share of the images from which on a latent is active in nearly every image
 LEAST_L0, MOST_L0_PER_CHANNEL, MOST_L0_PER_LATENT = 4.0, 0.25, 0.05
-MOST_EVERYWHERE = 0.25  # of the living latents, active in nearly every image
+MOST_EVERYWHERE = 0.25  # of the latents that are not dead: active in nearly every image
 MOST_DEAD = 0.6  # the paper's SAE has 0.57 (docs/reference/paper.md 1.3)
 LEAST_EXPLAINED = 0.5  # of the variance about the mean token, which itself explains 0
 LEAST_RECOVERED = 0.5  # of the way from the mean token's final CLS to the untouched one
@@ -198,7 +198,7 @@ def assess_health(found: Figures, *, n_images_in_all: int | None = None, errors:
 
 
 def share_everywhere(n_images_active: npt.NDArray[np.int64], n_images: int) -> float:
-    """The share of the living latents that are active in nearly every image; NaN if none lives."""
+    """Of the latents that are not dead, the share that is active in nearly every image; NaN if all are dead."""
     alive = n_images_active[n_images_active > 0]
     least = math.ceil(round(NEARLY_ALL * n_images, 6))
     return float((alive >= least).mean()) if len(alive) else math.nan

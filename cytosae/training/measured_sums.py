@@ -1,4 +1,4 @@
-"""Running sums over the tokens that an SAE is measured on: errors, L0, what fires, the tokens' own variance.
+"""Running sums over the tokens that an SAE is measured on: errors, L0, what is active, the tokens' own variance.
 
 In float64, and int64 for what is counted. Shapes: N images and B tokens of a micro-batch, T chosen tokens of an image,
 D width, L latents.

@@ -26,9 +26,9 @@ width.
 
 Thresholds of jumprelu move slowly, by about the learning rate per step, in proportion, and a penalty can only raise
 them, while L0 falls by itself as latents learn. So they start where `FIRST_L0` x K latents per token are active; the
-window of their gradient is as wide, beside them, as the settings say (`jump_bandwidth / jump_threshold`). And they are
-steered, too, both ways, behind the weights' own step, all by the same factor: from `FIRST_L0` x K down to K, and down
-again where L0 has fallen too far, which no penalty can undo:
+window of their gradient is `jump_bandwidth / jump_threshold` times as wide as they are large. They are steered, too,
+both ways, behind the weights' own step, all by the same factor: from `FIRST_L0` x K down to K, and down again where L0
+has fallen too far, which no penalty can undo:
 
     threshold *= exp(speed x min(MOST, max(-MOST, SHIFT_GAIN x (recent - log K))))      held or not
 
