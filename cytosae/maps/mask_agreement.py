@@ -156,24 +156,8 @@ def write_mask_agreement(
         raise BadInput(f"min_share must be above 0 and at most 1; found {min_share!r}")
     out = Path(out)
     latents = latents if isinstance(latents, LatentStore) else LatentStore(latents)
-    side, left_out = latents.layout.side, dict[str, list[str]]()
-    inputs = [Path(latents.root)]
-    if isinstance(masks, Path | str):
-        if not isinstance(classes, str | None):
-            raise BadInput(f"with masks that are read, classes must be a text such as '1=nucleus'; found {classes!r}")
-        inputs += [Path(each) for each in (masks, root) if each]
-        shares, named, left_out = require_stage_one(stage_one).read_masks(
-            Path(masks),
-            latents,
-            side,
-            root=None if root is None else Path(root),
-            classes=classes,
-            progress=reading_progress,
-        )
-    elif isinstance(classes, str):
-        raise BadInput(f"with shares, classes must be a list of (name, values); found {classes!r}")
-    else:
-        shares, named = dict(masks), [(name, tuple(values)) for name, values in classes or _ONE_CLASS]
+    side = latents.layout.side
+    shares, named, left_out = _shares_of(masks, latents, classes, stage_one, root, reading_progress)
     if not shares:
         raise BadInput("no readable image has a mask: there is nothing to compare")
     images, unit_of, n_without = _units(latents, sorted(shares))
@@ -194,6 +178,8 @@ def write_mask_agreement(
         "n_shuffles": n_shuffles,
         "seed": seed,
     }
+    read = [masks, root] if isinstance(masks, Path | str) else []
+    inputs = [Path(latents.root), *(Path(each) for each in read if each)]
     writer = begin_results(out, MASKS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "numba"))
     writer.watch(latents.header)
     known: dict[str, Any] = {"out": out, "n_latents": latents.spec.n_latents, "left_out": left_out}
@@ -242,6 +228,31 @@ def write_mask_agreement(
         plot_agreement(table, said[number], path, n_images=result.n_images, n_patches=result.n_patches)
     writer.finish({"result": result.stored()})
     return result
+
+
+def _shares_of(
+    masks: Path | str | Mapping[int, Float],
+    latents: LatentStore,
+    classes: str | Sequence[tuple[str, Sequence[str]]] | None,
+    stage_one: StageOne | None,
+    root: Path | str | None,
+    progress: Progress,
+) -> tuple[dict[int, Any], list[tuple[str, tuple[str, ...]]], dict[str, list[str]]]:
+    """Shares by image_index, classes as (name, values), masks left out by reason: read, or as they were given."""
+    if not isinstance(masks, Path | str):
+        if isinstance(classes, str):
+            raise BadInput(f"with shares, classes must be a list of (name, values); found {classes!r}")
+        return dict(masks), [(name, tuple(values)) for name, values in classes or _ONE_CLASS], {}
+    if not isinstance(classes, str | None):
+        raise BadInput(f"with masks that are read, classes must be a text such as '1=nucleus'; found {classes!r}")
+    return require_stage_one(stage_one).read_masks(
+        Path(masks),
+        latents,
+        latents.layout.side,
+        root=None if root is None else Path(root),
+        classes=classes,
+        progress=progress,
+    )
 
 
 def _units(latents: LatentStore, images: Sequence[int]) -> tuple[list[int], Int, int]:

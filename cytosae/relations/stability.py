@@ -144,6 +144,33 @@ def write_stability(
             was_complete=True,
             warnings=(*scale_warnings, *_warnings(saes, found)),
         )
+    matches, rows, null_cosines = _match_all(decoders, chosen, pairs_of, seed, progress)
+    writer.write_table("pairs", pa.Table.from_pylist(rows))
+    writer.write_table("matches", _match_table(pairs_of, matches, chosen))
+    writer.write_table("stability", _latent_table(decoders, pairs_of, matches, chosen))
+    plot_stability([each.cosine for each in matches], null_cosines, writer.root / "stability")
+    writer.finish({"saes": [sae.name for sae in saes], "n_without_direction": n_without})
+    return StabilityResult(
+        out=out,
+        saes=tuple(saes),
+        pairs=rows,
+        n_without_direction=n_without,
+        was_complete=False,
+        warnings=(*scale_warnings, *_warnings(saes, rows)),
+    )
+
+
+def _match_all(
+    decoders: Sequence[Decoder],
+    chosen: Sequence[Ints],
+    pairs_of: Sequence[tuple[int, int]],
+    seed: int,
+    progress: Progress,
+) -> tuple[list[Matching], list[dict[str, Any]], list[Floats]]:
+    """Of every two SAEs: their matching, what is said of it, and the cosines of the null that counts.
+
+    chosen : the latents of each SAE that are compared
+    """
     matches, rows, null_cosines = [], [], []
     passes = _Passes(progress)
     within: dict[tuple[int, int], Floats] = {}  # by SAE and number of rows matched
@@ -175,19 +202,7 @@ def write_stability(
             "n_same_number": int(is_same.sum()),
         }
         rows.append({"sae_a": a, "sae_b": b, **described, **beginning})
-    writer.write_table("pairs", pa.Table.from_pylist(rows))
-    writer.write_table("matches", _match_table(pairs_of, matches, chosen))
-    writer.write_table("stability", _latent_table(decoders, pairs_of, matches, chosen))
-    plot_stability([each.cosine for each in matches], null_cosines, writer.root / "stability")
-    writer.finish({"saes": [sae.name for sae in saes], "n_without_direction": n_without})
-    return StabilityResult(
-        out=out,
-        saes=tuple(saes),
-        pairs=rows,
-        n_without_direction=n_without,
-        was_complete=False,
-        warnings=(*scale_warnings, *_warnings(saes, rows)),
-    )
+    return matches, rows, null_cosines
 
 
 class _Passes:
