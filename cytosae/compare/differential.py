@@ -193,7 +193,6 @@ def differential(
     is_tested : (latents,), not all False (`choose_tested`)
     progress : permutations done, permutations in all
     """
-    strata, covariates = prepared.strata, prepared.covariates
     positive = [(prepared.groups.values[some] > 0).sum(0) for some in (prepared.groups.is_a, ~prepared.groups.is_a)]
     supported = is_supported(prepared.groups.values, prepared.draws)
     groups, described = _adjusted_description(prepared)
@@ -204,32 +203,7 @@ def differential(
     n_a, n_b = int(groups.is_a.sum()), int((~groups.is_a).sum())
     n_latents, tested = len(is_tested), np.flatnonzero(is_tested)
     values = groups.values[:, tested]
-    n_tests = len(prepared.draws) + (len(prepared.crude[1]) if config.is_adjusted else 0)
-    n_run = 0
-
-    def run(
-        draw: npt.NDArray[np.float32], is_a: Bools, strata: npt.NDArray[np.int64] | None, others: Floats | None
-    ) -> PermutationTest:
-        nonlocal n_run
-
-        def tell(done: int, total: int, state: str) -> None:
-            progress(n_run * total + done, n_tests * total, state)
-
-        shared: dict[str, Any] = {"n_permutations": config.n_permutations, "seed": config.seed, "progress": tell}
-        chosen = np.ascontiguousarray(draw[:, tested])
-        if others is None:
-            test = permutation_test(chosen, is_a, strata=strata, **shared)
-        else:
-            test = residual_permutation_test(chosen, is_a, others, strata=strata, **shared)
-        n_run += 1
-        return test
-
-    test = combine_draws([run(draw, groups.is_a, strata, covariates) for draw in prepared.draws])
-    crude_p, crude_difference = test.p, columns["difference"]
-    if config.is_adjusted:
-        whole, whole_draws, is_a = prepared.crude
-        crude_p = combine_draws([run(draw, is_a, None, None) for draw in whole_draws]).p
-        crude_difference = whole[is_a].mean(0, dtype=np.float64) - whole[~is_a].mean(0, dtype=np.float64)
+    test, crude_p, crude_difference = _tests(prepared, config, tested, columns["difference"], progress)
     q = false_discovery_control(test.p)
     difference = columns["difference"][tested]
     settings: dict[str, Any] = {"top": config.top, "seed": config.seed}
@@ -285,6 +259,39 @@ def differential(
         "n_higher": {"a": int((difference > 0).sum()), "b": int((difference < 0).sum())},
         "warnings": [*_floor_warnings(test, n_a, n_b), *_support_warnings(is_tested & ~supported)],
     }
+
+
+def _tests(
+    prepared: Prepared, config: CompareConfig, tested: npt.NDArray[np.int64], difference: Floats, progress: Progress
+) -> tuple[PermutationTest, Floats, Floats]:
+    """P-values of the tested latents; as they are without adjustments, p (tested,) and the difference (latents,)."""
+    n_tests = len(prepared.draws) + (len(prepared.crude[1]) if config.is_adjusted else 0)
+    n_run = 0
+
+    def run(
+        draw: npt.NDArray[np.float32], is_a: Bools, strata: npt.NDArray[np.int64] | None, covariates: Floats | None
+    ) -> PermutationTest:
+        nonlocal n_run
+
+        def tell(done: int, total: int, state: str) -> None:
+            progress(n_run * total + done, n_tests * total, state)
+
+        shared: dict[str, Any] = {"n_permutations": config.n_permutations, "seed": config.seed, "progress": tell}
+        chosen = np.ascontiguousarray(draw[:, tested])
+        if covariates is None:
+            test = permutation_test(chosen, is_a, strata=strata, **shared)
+        else:
+            test = residual_permutation_test(chosen, is_a, covariates, strata=strata, **shared)
+        n_run += 1
+        return test
+
+    groups = prepared.groups
+    test = combine_draws([run(draw, groups.is_a, prepared.strata, prepared.covariates) for draw in prepared.draws])
+    if not config.is_adjusted:
+        return test, test.p, difference
+    whole, draws, is_a = prepared.crude
+    crude = combine_draws([run(draw, is_a, None, None) for draw in draws])
+    return test, crude.p, whole[is_a].mean(0, dtype=np.float64) - whole[~is_a].mean(0, dtype=np.float64)
 
 
 def describe_groups(prepared: Prepared) -> dict[str, npt.NDArray[Any]]:

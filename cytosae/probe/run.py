@@ -216,26 +216,8 @@ def probe(
         methods += _baselines(units, repeats, config, rule, tokens, progress, token_progress)
         model, kept = _fit_model(units, rule, config, card)
         progress(_n_steps(config), _n_steps(config), "the model")
-    n_training = round(len(units.labels) * (config.folds - 1) / config.folds)
-    about = {
-        "level": unit_config.level,
-        "target": target,
-        "folds": config.folds,
-        "repeats": config.n_repeats,
-        "seed": config.seed,
-        "null": {"used": null, "asked": config.null, "what": NULLS[null]},
-        "regularization": {
-            "rule": config.regularization,
-            "formula": REGULARIZATIONS[config.regularization],
-            "C": rule.of(units.n_latents)(n_training),
-            "c_factors": list(config.c_factors),
-            "C_chosen": _geometric_mean([r.c_factors[np.arange(len(r.chosen)), r.chosen] for r in repeats])
-            * rule.of(units.n_latents)(n_training),
-            "n_training_rows": n_training,
-        },
-    }
     found = Found(units, config.thresholds, repeats, shuffles, methods)
-    scores = scores_of(found, about, doubts)
+    scores = scores_of(found, _about(units, config, null, rule, repeats), doubts)
     write_report(writer, found, scores)
     write_model(writer, model, hashes)
     tested = None if rows is None else write_test(writer, model, kept_latents(rows, kept), seed=config.seed)
@@ -250,6 +232,28 @@ write_probe = probe  # its name in earlier versions
 def _result(out: Path, scores: dict[str, Any], tested: dict[str, Any] | None, was_complete: bool) -> ProbeResult:
     test = None if tested is None else ProbeTest(out=out, scores=tested, was_complete=was_complete)
     return ProbeResult(out=out, scores=scores, was_complete=was_complete, test=test)
+
+
+def _about(units: Units, config: ProbeConfig, null: str, rule: "_Rule", repeats: list[Repeat]) -> dict[str, Any]:
+    """What scores.json says of the settings, and of what was chosen."""
+    n_training = round(len(units.labels) * (config.folds - 1) / config.folds)
+    return {
+        "level": config.units.level,
+        "target": config.units.target,
+        "folds": config.folds,
+        "repeats": config.n_repeats,
+        "seed": config.seed,
+        "null": {"used": null, "asked": config.null, "what": NULLS[null]},
+        "regularization": {
+            "rule": config.regularization,
+            "formula": REGULARIZATIONS[config.regularization],
+            "C": rule.of(units.n_latents)(n_training),
+            "c_factors": list(config.c_factors),
+            "C_chosen": _geometric_mean([r.c_factors[np.arange(len(r.chosen)), r.chosen] for r in repeats])
+            * rule.of(units.n_latents)(n_training),
+            "n_training_rows": n_training,
+        },
+    }
 
 
 def _test_rows(

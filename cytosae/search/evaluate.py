@@ -29,7 +29,7 @@ from .kernels import fingerprint, keep_best
 from .report import SearchEvaluation
 from .run import index_folder, scorer
 from .scan import LAYERS, Collection, open_collection, reader_of, scan
-from .token_index import build_index, places_of
+from .token_index import TokenIndex, build_index, places_of
 
 Float32s = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -83,28 +83,10 @@ def evaluate_search(
     if writer.is_complete:
         return _read(out)
     lists = _Lists(collection, queries, max(config.at))
-    for number, way in enumerate(OF_LATENTS):
-        vectors = query_vectors(collection, way, queries, config)
-
-        def tell(done: int, total: int, state: str, n_before: int = number, way: str = way) -> None:
-            progress(n_before * total + done, len(OF_LATENTS) * total, way)
-
-        reader = reader_of(collection, way)
-        for first, scores in scan(reader, scorer(way, vectors, collection.weights, config.k), progress=tell):
-            lists.add(way, np.arange(first, first + len(scores)), scores)
+    _look_by_latents(lists, config, progress)
     if caches:
         with index_folder(keep) as folder:
-            index = build_index(stores, folder, progress=progress)
-            for way in index.ways:
-                units = np.zeros((len(queries), index.stores[0].spec.width), np.float32)
-                for cache, first, rows in index.blocks(way):
-                    numbers = places[cache][first : first + len(rows)]
-                    for place, query in enumerate(queries):
-                        units[place] = rows[numbers == query][0] if (numbers == query).any() else units[place]
-                for cache, first, rows in index.blocks(way):
-                    numbers = places[cache][first : first + len(rows)]
-                    some = numbers >= 0
-                    lists.add(way, numbers[some], np.ascontiguousarray(rows[some] @ units.T))
+            _look_by_tokens(lists, build_index(stores, folder, progress=progress), places)
     hits = lists.hits()
     table = describe(collection, queries, hits, lists.copies, config)
     if not table:
@@ -117,6 +99,34 @@ def evaluate_search(
     return SearchEvaluation(
         out=out, n_queries=len(queries), n_images=_n_images(collection), rows=table, notes=tuple(notes)
     )
+
+
+def _look_by_latents(lists: "_Lists", config: SearchEvaluationConfig, progress: Progress) -> None:
+    """One pass over the barcodes of all images for each way."""
+    collection, queries = lists.collection, lists.queries
+    for number, way in enumerate(OF_LATENTS):
+        vectors = query_vectors(collection, way, queries, config)
+
+        def tell(done: int, total: int, state: str, n_before: int = number, way: str = way) -> None:
+            progress(n_before * total + done, len(OF_LATENTS) * total, way)
+
+        reader = reader_of(collection, way)
+        for first, scores in scan(reader, scorer(way, vectors, collection.weights, config.k), progress=tell):
+            lists.add(way, np.arange(first, first + len(scores)), scores)
+
+
+def _look_by_tokens(lists: "_Lists", index: TokenIndex, places: list[Ints]) -> None:
+    """Two passes over the means of tokens for each way: the queries' own, then all images against these."""
+    for way in index.ways:
+        units = np.zeros((len(lists.queries), index.stores[0].spec.width), np.float32)
+        for cache, first, rows in index.blocks(way):
+            numbers = places[cache][first : first + len(rows)]
+            for place, query in enumerate(lists.queries):
+                units[place] = rows[numbers == query][0] if (numbers == query).any() else units[place]
+        for cache, first, rows in index.blocks(way):
+            numbers = places[cache][first : first + len(rows)]
+            some = numbers >= 0
+            lists.add(way, numbers[some], np.ascontiguousarray(rows[some] @ units.T))
 
 
 def _read(out: Path) -> SearchEvaluation:
@@ -188,7 +198,7 @@ class _Lists:
     """The nearest images of every query: for each way, column of labels, and scope."""
 
     def __init__(self, collection: Collection, queries: Ints, n: int) -> None:
-        self._collection, self._queries, self._n = collection, queries, n
+        self.collection, self.queries, self._n = collection, queries, n
         self.copies = copies_of(collection, queries)
         self._columns = [
             name for name in LABELS if name in collection.columns and (collection.columns[name] != "").any()
@@ -201,24 +211,24 @@ class _Lists:
             if copies:
                 scores[np.isin(numbers, copies), place] = -np.inf
         least = 0 if way in LAYERS else -np.inf  # no latent in common: not listed
-        owners = {SCOPES[0]: self._collection.patient_of, SCOPES[1]: self._collection.dataset_of}
+        owners = {SCOPES[0]: self.collection.patient_of, SCOPES[1]: self.collection.dataset_of}
         for column in self._columns:
-            eligible = self._collection.is_readable[numbers] & (self._collection.columns[column][numbers] != "")
+            eligible = self.collection.is_readable[numbers] & (self.collection.columns[column][numbers] != "")
             for scope, owner in owners.items():
-                if scope == SCOPES[1] and self._collection.dataset_of.max(initial=0) == 0:
+                if scope == SCOPES[1] and self.collection.dataset_of.max(initial=0) == 0:
                     continue
-                shape = (len(self._queries), self._n)
+                shape = (len(self.queries), self._n)
                 lists = self._found.setdefault(
                     (way, column, scope), (np.full(shape, least, np.float32), np.full(shape, -1, np.int64))
                 )
-                keep_best(scores, numbers, owner[numbers], owner[self._queries], eligible, *lists)
+                keep_best(scores, numbers, owner[numbers], owner[self.queries], eligible, *lists)
 
     def hits(self) -> dict[tuple[str, str, str], npt.NDArray[np.int8]]:
         """(queries, n): 1 where the nearest image has the query's label, 0 where not, -1 where there is none."""
         found = {}
         for key, (_, indices) in self._found.items():
-            labels = self._collection.columns[key[1]]
-            same = labels[indices] == labels[self._queries][:, None]
+            labels = self.collection.columns[key[1]]
+            same = labels[indices] == labels[self.queries][:, None]
             found[key] = np.where(indices < 0, -1, same).astype(np.int8)
         return found
 
