@@ -262,7 +262,10 @@ def _add_scale(figure: Any, axes: Any, largest: float, label: str, *, fraction: 
 
 
 def _heat(on: float | None = None) -> "Colormap":
-    """Colours from transparent to opaque; for a colour bar, blended with the grey `on`."""
+    """Colours from transparent to opaque; for a colour bar, blended with the grey `on`.
+
+    Pages draw maps in the same colours by themselves: pipeline/page_pictures.py, atlas/static/maps.js.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 

@@ -42,7 +42,7 @@ def thumbnail(pixels: Pixels) -> Picture:
 
 
 def map_thumbnail(pixels: Pixels, patches: Map, largest: float) -> Picture:
-    """A cell in grey below the map of a latent; colour and opacity rise with the activation.
+    """A cell in grey below the map of a latent; colour and opacity rise with the activation, as in maps/figures.py.
 
     largest : of the map's scale
     """
