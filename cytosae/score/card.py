@@ -21,9 +21,10 @@ from stores.progress import Progress
 from stores.tables import listed
 
 from .config import ScoreConfig
-from .hierarchy import lineages, shuffled_labels
+from .hierarchy import lineages
 from .images import Chosen, csc, iter_maps, read_embedding, read_means, read_tokens
 from .intervals import blocks_of, limits
+from .label_null import exchanged_labels
 from .monosemanticity import mean_cosine, monosemanticity, monosemanticity_without, unit_rows
 from .morans_i import means_without, morans_i, shuffled
 from .single_latents import SingleLatents, single_latents, single_without
@@ -128,7 +129,7 @@ class Card:
             self.doubts.append(
                 f"k {', '.join(map(str, more))}: the SAE has {n_latents:,} latents, so these rows are of all of them"
             )
-        null_labels = shuffled_labels(labels, chosen.groups, config.shuffles, config.seed)
+        null_labels = exchanged_labels(labels, chosen.groups, config.shuffles, config.seed)
         self._sparse_probes(labels, null_labels)
         del self.means  # all that follows goes by latents
         self._best_latents(labels, null_labels)

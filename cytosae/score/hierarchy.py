@@ -10,7 +10,6 @@ splitting    within the coarse label's images alone, the best average precision 
              averaged. By chance: finer labels are exchanged among these images
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csc_matrix
 
-from cytosae.probe import choose_null, shuffle_labels
 from stores.part_files import Arrays, Keep, computed
 
 from .images import some_rows
 from .intervals import Blocks
+from .label_null import exchanged_labels
 from .single_latents import single_latents, single_without
 
 Floats = npt.NDArray[np.float64]
@@ -128,17 +127,6 @@ def lineages(
     return found
 
 
-def shuffled_labels(labels: Ints, groups: Ints, shuffles: int, seed: int) -> Sequence[Ints]:
-    """Labels (-1: none, exchanged like a label) under the null: exchanged within groups, or between whole groups."""
-    numbers = labels - min(0, int(labels.min()))
-    null = choose_null(numbers, groups)
-    offset = numbers[0] - labels[0]
-    return [
-        shuffle_labels(numbers, groups, np.random.default_rng((seed, 2, number)), null) - offset
-        for number in range(shuffles)
-    ]
-
-
 def best_threshold(values: Floats, truth: Bools) -> float:
     """The value above or at which calling `truth` has the largest F1; of equal ones the largest value."""
     order = np.argsort(-values, kind="stable")
@@ -167,7 +155,7 @@ def _splitting(
     precision = single_latents(values, finer, n_classes).average_precision
     null = [
         float(np.nanmean(single_latents(values, each, n_classes).average_precision.max(0)))
-        for each in shuffled_labels(finer, groups, shuffles, seed)
+        for each in exchanged_labels(finer, groups, shuffles, seed)
     ]
     without, _ = single_without(values, finer, block_of, n_blocks, precision.argmax(0))
     known = np.isfinite(without)
