@@ -18,6 +18,7 @@ import torch
 from cytosae.sae import TrainConfig
 from cytosae.training import (
     MOST_STATE_GB,
+    OF_DATA,
     Diverged,
     Saver,
     SaveRule,
@@ -57,15 +58,6 @@ from .record import Record, Row, SweepFolder, metric_prefix
 
 MOST_AT_ONCE = 256  # members in one pass; each keeps a lock file open
 _MEMORY_SHARE = 0.5  # of free memory, for weights; batches, pools and dense latents need the rest
-_OF_DATA = (
-    "token_set",
-    "order",
-    "pool_chunks",
-    "mix",
-    "holdout",
-    "holdout_by",
-    "background",
-)  # settings that choose tokens and order
 
 
 @dataclass(frozen=True)
@@ -241,7 +233,7 @@ def _plan(
     for label, stores in groups.items():
         for member in grid.members:
             config = member.config
-            key = (label, config.order_seed, *(getattr(config, name) for name in _OF_DATA))
+            key = (label, *(getattr(config, name) for name in OF_DATA))
             name = f"{label}-{member.name}" if len(groups) > 1 else member.name
             try:
                 if key not in chosen:

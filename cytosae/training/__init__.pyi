@@ -3,6 +3,7 @@ from .budget import foreseen_steps as foreseen_steps
 from .choices import auto_expansion as auto_expansion
 from .choices import auto_l0 as auto_l0
 from .choices import choose_settings as choose_settings
+from .data import OF_DATA as OF_DATA
 from .data import TrainingData as TrainingData
 from .data import choose_data as choose_data
 from .data import first_position as first_position

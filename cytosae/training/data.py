@@ -20,6 +20,8 @@ from stores.token_stream import TokenStream
 
 from .background import Background, find_background
 
+# settings that `choose_data` reads: SAEs of a sweep that agree in these share their data
+OF_DATA = ("order_seed", "token_set", "order", "pool_chunks", "mix", "holdout", "holdout_by", "background")
 _SAMPLE = 65_536  # tokens from which the initial b_dec and the scale of the tokens are computed
 
 

@@ -1,9 +1,11 @@
 """What one rank, or each rank for its share, does for all: the start of b_dec and the penalty, the held-out images."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from training_runs import BATCH, SETTINGS, tokens_of_cells
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, make_config
 from cytosae.sae.model import geometric_median
 from cytosae.training import data as data_module
-from cytosae.training.data import choose_data, initial_b_dec, open_data
+from cytosae.training.data import OF_DATA, choose_data, initial_b_dec, open_data
 from cytosae.training.held_out import held_out_pieces, measure_held_out, tokens_at_a_time
 from cytosae.training.measured_sums import MeasuredSums
 from cytosae.training.train import train
@@ -204,3 +206,9 @@ def test_the_median_is_computed_on_the_device_of_the_run(caches: list[Path], mon
     assert devices == ["cpu", "cuda"]
     assert torch.equal(initial_b_dec(data, config), on_cpu)
     assert devices == ["cpu", "cuda"]
+
+
+def test_saes_share_their_data_only_if_all_that_chooses_it_is_equal() -> None:
+    """In a sweep, whose members always have an `order_seed`: `seed` is not asked."""
+    read = {*re.findall(r"\bconfig\.(\w+)", inspect.getsource(choose_data))}
+    assert read - {"seed"} == {*OF_DATA}
