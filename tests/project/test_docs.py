@@ -300,6 +300,18 @@ def test_api_pages_have_all_that_is_public() -> None:
                     assert path in has_entry, f"{package}.{name} returns {path}: add it to a page of docs/api"
 
 
+def test_every_column_of_the_golden_tables_is_explained() -> None:
+    """By its name on a page of the docs; its limits, means and spread, and what stands before it, go with it."""
+    pages = (page for page in (ROOT / "docs").rglob("*.md") if page.name not in ("cli.md", "log.md"))
+    words = {*re.findall(r"[\w.]+", " ".join(page.read_text() for page in pages))}
+    tables = [path for path in (ROOT / "tests" / "golden").rglob("*.parquet") if ".zarr" not in str(path)]
+    assert len(tables) > 20
+    for table in tables:
+        for name in pq.read_schema(table).names:
+            bare = re.sub(r"^(final|held_out|discovery|replication)_|(_(low|high|mean|sd))+$", "", name)
+            assert {name, bare} & words, f"{table.relative_to(ROOT)}: say in docs/ what {name} is"
+
+
 def test_the_barcode_job_is_told_by_the_names_that_it_has() -> None:
     """The page for developers names only classes and functions that are there, and all that tasks and client share."""
     page = (ROOT / "docs" / "barcode_job.md").read_text()
