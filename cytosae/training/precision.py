@@ -24,6 +24,8 @@ import torch
 from stores.errors import BadInput
 
 _COMPARED_FINELY = ("jumprelu", "batchtopk", "gated")  # activations that read more of p than its sign
+# torch's names for: partial sums may be rounded to these types
+_SHORT_SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 _ON_GPU = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp16": (torch.float16, torch.bfloat16),
@@ -94,7 +96,10 @@ def seconds_of_product(dtype: torch.dtype, *, rounds: int = 3) -> float:
 
 @contextmanager
 def float32_products(precision: str, device: str) -> Iterator[None]:
-    """On a GPU, products of float32 matrices are what `precision` says (TF32 or float32), whatever torch was told."""
+    """On a GPU, products of float32 matrices are what `precision` says (TF32 or float32), whatever torch was told.
+
+    Products of shorter numbers are summed in float32 (`float32_sums`).
+    """
     if device != "cuda":
         yield
         return
@@ -106,9 +111,35 @@ def float32_products(precision: str, device: str) -> Iterator[None]:
     before = getattr(matmul, name)
     setattr(matmul, name, wanted)
     try:
-        yield
+        with float32_sums(device):
+            yield
     finally:
         setattr(matmul, name, before)
+
+
+@contextmanager
+def float32_sums(device: str) -> Iterator[None]:
+    """On a GPU, sums of bfloat16 and float16 products stay float32 until they are whole.
+
+    Torch's default lets cuBLAS cut a long sum into pieces and round each to the type of the result before it adds them.
+    """
+    if device != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = {name: getattr(matmul, name) for name in _SHORT_SUMS}
+    pieces = {name: getattr(matmul, f"{name}_split_k", None) for name in _SHORT_SUMS}  # may sums be cut? (torch 2.10)
+
+    def let(name: str, is_short: bool) -> None:
+        setattr(matmul, name, is_short if pieces[name] is None else (is_short, pieces[name]))
+
+    for name in _SHORT_SUMS:
+        let(name, False)
+    try:
+        yield
+    finally:
+        for name in _SHORT_SUMS:
+            let(name, before[name])
 
 
 def product(

@@ -1,5 +1,7 @@
 """What each precision rounds, and what it must not round: sums, the encoder's bias, thresholds of jumprelu."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cytosae.sae import SparseAutoencoder
 from cytosae.sae.config import ACTIVATIONS, PRECISIONS
-from cytosae.training import Objective, kernels_cpu, loss_and_gradients, objective, precision
+from cytosae.training import (
+    Objective,
+    kernels_cpu,
+    loss_and_gradients,
+    losses,
+    objective,
+    precision,
+)
 from cytosae.training.encoder_product import EncoderProduct
 from cytosae.training.precision import Dtypes, add_product, check_precision, cpu_has_bfloat16, dtypes_of
 from stores.errors import BadInput
 
 SHORT = [torch.bfloat16, torch.float16]
+MATMUL = torch.backends.cuda.matmul
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -47,6 +57,35 @@ def test_a_sum_of_short_operands_is_float32(short: torch.dtype) -> None:
     wanted = out.double() + left.double() @ right.double()
     add_product(out, left, right)
     assert (out.double() - wanted).abs().max() <= 2e-6 * wanted.max()
+
+
+@pytest.mark.skipif(not hasattr(MATMUL, "allow_bf16_reduced_precision_reduction_split_k"), reason="torch 2.10")
+@pytest.mark.parametrize("may_be_cut", [True, False])
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_gpu_is_told_to_sum_in_float32(name: str, may_be_cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step, whatever torch was told; afterwards as before, also whether cuBLAS may cut a sum into pieces."""
+    names = [f"allow_{short}_reduced_precision_reduction" for short in ("bf16", "fp16")]
+    every = [*names, *(f"{each}_split_k" for each in names), "fp32_precision"]
+    before = [getattr(MATMUL, each) for each in every]
+    seen: list[bool] = []
+
+    def step(*given: object, **more: object) -> None:
+        seen.extend(getattr(MATMUL, each) for each in every)
+
+    monkeypatch.setattr(losses, "_loss_and_gradients", step)
+    given = Objective(precision=name)
+    tokens = SimpleNamespace(device=torch.device("cuda"))
+    try:
+        for each in names:
+            setattr(MATMUL, each, (may_be_cut, may_be_cut))  # torch lets only what is cut be rounded
+        asked = [getattr(MATMUL, each) for each in every]
+        loss_and_gradients(small_model(), tokens, given, l1=0.0)  # type: ignore[arg-type]  # only its device is read
+        assert [getattr(MATMUL, each) for each in every] == asked
+    finally:
+        for each, is_short, is_cut in zip(names, before[:2], before[2:4], strict=True):
+            setattr(MATMUL, each, (is_short, is_cut))
+    assert seen == [False, False, may_be_cut, may_be_cut, "tf32" if name == "tf32" else "ieee"]
+    assert [getattr(MATMUL, each) for each in every] == before
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
