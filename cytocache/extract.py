@@ -29,7 +29,7 @@ from stores.activation_writer import (
     writer_lock,
 )
 from stores.destination import plan_output
-from stores.devices import device_name, memory_told, resolve_device
+from stores.devices import device_name, float32_stays_float32, memory_told, resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput
 from stores.files import locked, sync_folder
@@ -277,7 +277,7 @@ def fill(
         return
     device, low = torch.device(config.device), PRECISIONS[spec.precision]
     on_gpu = device.type == "cuda"
-    torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU are less precise than float32
+    float32_stays_float32()
     batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.images_per_pass)]
     batch_size = max(map(len, batches))
     with ExitStack() as stack:

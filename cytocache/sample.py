@@ -14,6 +14,7 @@ from PIL import Image
 
 from stores.activation_spec import ActivationSpec
 from stores.activation_store import ActivationStore
+from stores.devices import float32_stays_float32
 from stores.errors import BadInput, SpecMismatch
 from stores.progress import Progress
 from stores.tables import column
@@ -70,7 +71,7 @@ def load_backbone_as(
             f"{made} was made with weights of sha256 {spec.weights_sha256[:12]}…, found "
             f"{backbone.weights_sha256[:12]}…; give the file that it was made with: --weights"
         )
-    torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions are not float32
+    float32_stays_float32()
     for part in (backbone.model, backbone.tail):
         if part is not None:
             part.to(device)

@@ -46,6 +46,18 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
+def float32_stays_float32() -> None:
+    """From now on a GPU computes with float32 numbers as they are, not as TF32, in this process.
+
+    Torch's convolutions take TF32 unless they are told not to. Matrix products do where the environment says so, as
+    images of containers do (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1).
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @contextmanager
 def memory_told(lower: str) -> Iterator[None]:
     """Where memory is not enough in the block, or the function that this decorates, raise OutOfMemory: one line.

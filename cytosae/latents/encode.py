@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from cytosae.sae import SaeRun, ScreenedEncoder, SparseAutoencoder, load_sae
-from cytosae.training import on_device
+from cytosae.training import float32_products, on_device
 from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
 from stores.destination import plan_output
@@ -428,7 +428,8 @@ class _Encoder:
 
     def _dense_latents(self, x_BD: torch.Tensor) -> torch.Tensor:
         """(B, L) float32 (relu on a GPU: the product's type): latents, and at most 0 where one is not active."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_low):
+        device = self.device.type
+        with float32_products("fp32", device), torch.autocast(device, torch.bfloat16, enabled=self._is_low):
             p_BL = self._model.pre_activations(x_BD, out=None if self._dense is None else self._dense[: len(x_BD)])
         if self._model.activation != "relu" or not self._on_gpu:  # ReLU needs no other type to be told from 0
             p_BL = p_BL.float()

@@ -28,6 +28,7 @@ from .losses import BatchLosses as BatchLosses
 from .losses import loss_and_gradients as loss_and_gradients
 from .losses import loss_weight as loss_weight
 from .objective import Objective as Objective
+from .precision import float32_products as float32_products
 from .report import TrainReport as TrainReport
 from .report import held_out_line as held_out_line
 from .report import training_line as training_line

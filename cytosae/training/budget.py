@@ -30,6 +30,7 @@ from stores.token_sets import chosen_tokens
 from .data import TrainingData
 from .distributed import Ranks
 from .losses import loss_weight
+from .precision import float32_products
 
 _SHORTEST_INTERVAL, _SHORT_UNTIL = 20, 1_280  # steps between two checks, and until when they are so few
 WATCHED_TOKENS = 8_192
@@ -192,8 +193,10 @@ class Watch:
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for part_BD in self._tokens_ND.split(max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))):
             x_BD = part_BD.to(self._device).float() * token_scale
-            z_BL = model.encode(x_BD)
-            error_BD = (model.decode(z_BL) - x_BD).square() * loss_weight(x_BD, self._config.loss)
+            with float32_products("fp32", x_BD.device.type):
+                z_BL = model.encode(x_BD)
+                x_hat_BD = model.decode(z_BL)
+            error_BD = (x_hat_BD - x_BD).square() * loss_weight(x_BD, self._config.loss)
             sums += torch.stack([error_BD.sum(dtype=torch.float64), (z_BL > 0).sum().double()])
         self._ranks.all_reduce_sum_(sums)
         error, n_active = sums.tolist()

@@ -14,6 +14,7 @@ from stores.errors import BadInput
 
 from .distributed import Ranks
 from .losses import loss_weight
+from .precision import float32_products
 
 
 class MeasuredSums:
@@ -113,8 +114,10 @@ class MeasuredSums:
         active_NL = torch.zeros(n_images, self._model.n_latents, device=x_NTD.device)
         for start in range(0, per_image, self._step):
             x_BD = x_NTD[:, start : start + self._step].reshape(-1, width)
-            z_BL = self._model.encode(x_BD)
-            self._add_tokens(x_BD.double(), self._model.decode(z_BL).double())
+            with float32_products("fp32", x_BD.device.type):
+                z_BL = self._model.encode(x_BD)
+                x_hat_BD = self._model.decode(z_BL)
+            self._add_tokens(x_BD.double(), x_hat_BD.double())
             self._activation_L += z_BL.view(n_images, -1, z_BL.shape[1]).sum(1).double().sum(0)
             z_BL.gt_(0)  # in place, 0 or 1: sums of such floats are exact, and ten times as fast as of booleans
             self.l0_counts += torch.bincount(z_BL.sum(1).long(), minlength=len(self.l0_counts))

@@ -1,4 +1,8 @@
-"""Which device a name means."""
+"""Which device a name means, and what it computes with."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,3 +19,22 @@ def test_auto_is_a_gpu_if_there_is_one(n_gpus: int, expected: str, monkeypatch: 
     assert devices.resolve_device("auto") == expected
     with pytest.raises(BadInput, match="an available cuda device; found 'cuda:2'"):
         devices.resolve_device("cuda:2")
+
+
+OF_THE_ENVIRONMENT = """
+import torch
+from stores.devices import float32_stays_float32
+
+matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+print(matmul.fp32_precision, convolution.fp32_precision)
+float32_stays_float32()
+print(matmul.fp32_precision, convolution.fp32_precision == "tf32")
+print(matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+"""
+
+
+def test_float32_is_not_tf32_where_the_environment_says_so() -> None:
+    """As in images that set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE; torch's older names are told the same."""
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run([sys.executable, "-c", OF_THE_ENVIRONMENT], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["tf32 tf32", "ieee False", "False False"]), done.stderr

@@ -1,22 +1,29 @@
 """What each precision rounds, and what it must not round: sums, the encoder's bias, thresholds of jumprelu."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cytosae.sae import SparseAutoencoder
+import cytosae.latents.encode as encoding
+from cytosae.latents.sparse_rows import Rounding
+from cytosae.sae import SparseAutoencoder, TrainConfig
 from cytosae.sae.config import ACTIVATIONS, PRECISIONS
 from cytosae.training import (
     Objective,
+    budget,
     kernels_cpu,
     loss_and_gradients,
     losses,
+    measured_sums,
     objective,
     precision,
 )
+from cytosae.training.distributed import ALONE
 from cytosae.training.encoder_product import EncoderProduct
 from cytosae.training.precision import Dtypes, add_product, check_precision, cpu_has_bfloat16, dtypes_of
 from stores.errors import BadInput
@@ -86,6 +93,45 @@ def test_a_gpu_is_told_to_sum_in_float32(name: str, may_be_cut: bool, monkeypatc
             setattr(MATMUL, each, (is_short, is_cut))
     assert seen == [False, False, may_be_cut, may_be_cut, "tf32" if name == "tf32" else "ieee"]
     assert [getattr(MATMUL, each) for each in every] == before
+
+
+@pytest.mark.skipif(not hasattr(MATMUL, "fp32_precision"), reason="torch 2.9")
+@pytest.mark.parametrize("place", ["measured sums", "watched tokens", "latents"])
+def test_what_is_measured_and_encoded_on_a_gpu_is_float32(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch was told to take TF32, by a setting or by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE."""
+    seen: list[str] = []
+    before = MATMUL.fp32_precision
+    for module in (measured_sums, budget, encoding):  # as if this were a GPU
+        monkeypatch.setattr(module, "float32_products", lambda name, _: precision.float32_products(name, "cuda"))
+    model = small_model()
+
+    def spied(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def seen_first(*given: Any, **more: Any) -> torch.Tensor:
+            seen.append(MATMUL.fp32_precision)
+            return real(*given, **more)
+
+        return seen_first
+
+    for name in ("pre_activations", "decode"):
+        monkeypatch.setattr(SparseAutoencoder, name, spied(getattr(SparseAutoencoder, name)))
+    tokens = draws(10, 24)
+    try:
+        MATMUL.fp32_precision = "tf32"
+        with torch.no_grad():
+            if place == "measured sums":
+                measured_sums.MeasuredSums(model, loss="normed", step=5, window_begins=0).add(tokens[None])
+            elif place == "watched tokens":
+                watch = budget.Watch.__new__(budget.Watch)
+                vars(watch).update(_n=10, _config=TrainConfig(), _device="cpu", _ranks=ALONE, _tokens_ND=tokens.half())
+                watch.check(model, 1, 1.0)
+            else:
+                with encoding._Encoder(model, Rounding(23), "fp32", "cpu", most_rows=10) as encoder:
+                    encoder.begin(tokens.half(), np.ones(1, bool), 10)().rows()
+        assert MATMUL.fp32_precision == "tf32"
+    finally:  # monkeypatch cannot: the setting is no attribute
+        MATMUL.fp32_precision = before
+    assert seen
+    assert set(seen) == {"ieee"}
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])
