@@ -160,7 +160,7 @@ def fit_kmeans(
             c_LD = x_ND[drawn.to(device)].clone()
         nearest_N = _nearest(x_ND, c_LD)
         given_L = torch.bincount(nearest_N, minlength=n_latents).float()
-        sum_LD = torch.zeros_like(c_LD).index_add_(0, nearest_N, x_ND)
+        sum_LD = _sums_by(nearest_N, x_ND, given_L)
         n_L += given_L
         step_LD = (sum_LD - given_L[:, None] * c_LD) / n_L.clamp_min(1)[:, None]
         c_LD += step_LD
@@ -172,6 +172,22 @@ def fit_kmeans(
     square_L = c_LD.square().sum(1)
     decoder = 2 * c_LD / torch.where(square_L > 0, square_L, 1)[:, None]
     return Weights(c_LD, decoder, -square_L / 2)
+
+
+def _sums_by(which_N: torch.Tensor, x_ND: torch.Tensor, n_L: torch.Tensor) -> torch.Tensor:
+    """(L, D): the sum of the rows of each cluster, which has `n_L` of them.
+
+    On a GPU `index_add_` adds in any order, so that no two fits would be equal; there rows are sorted by cluster first.
+    """
+    if not x_ND.is_cuda:
+        return x_ND.new_zeros(len(n_L), x_ND.shape[1]).index_add_(0, which_N, x_ND)
+    return sums_in_order(which_N, x_ND, n_L)
+
+
+def sums_in_order(which_N: torch.Tensor, x_ND: torch.Tensor, n_L: torch.Tensor) -> torch.Tensor:
+    """The same; each sum goes over its rows from the first to the last, on any device."""
+    order = which_N.argsort(stable=True)
+    return torch.segment_reduce(x_ND[order], "sum", lengths=n_L.long(), initial=0)
 
 
 def _nearest(x_ND: torch.Tensor, c_LD: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,9 @@ import numpy.typing as npt
 import pytest
 import torch
 from scipy.optimize import nnls
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cytosae.baselines import directions as fitting
 from cytosae.baselines.directions import (
     Weights,
     fit_ica,
@@ -104,6 +106,23 @@ def test_kmeans_is_the_loop_over_tokens() -> None:
     for token, reconstruction in zip(tokens, made, strict=True):  # as far as the nearest cluster, or the centre
         nearest_square = min(np.sum((token - centre - each) ** 2) for each in [*clusters, np.zeros(4)])
         assert np.sum((token - reconstruction) ** 2) == pytest.approx(nearest_square, rel=1e-3, abs=1e-3)
+
+
+def test_sums_of_clusters_on_a_gpu_have_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's bits, clusters without a token among them; on a GPU nothing is added in the order of its threads."""
+    rng = np.random.default_rng(0)
+    which, x = torch.from_numpy(rng.integers(0, 9, 500)), torch.from_numpy(rng.normal(size=(500, 6))).float()
+    which[which == 4] = 5
+    given = torch.bincount(which, minlength=10).float()
+    wanted = torch.zeros(10, 6).index_add_(0, which, x)
+    assert torch.equal(fitting.sums_in_order(which, x, given), wanted)
+    assert torch.equal(fitting._sums_by(which, x, given), wanted)
+
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(fitting, "sums_in_order", lambda which, x, given: taken.append(which))
+    with FakeTensorMode(), torch.device("cuda"):
+        fitting._sums_by(torch.empty(500), torch.empty(500, 6), torch.empty(10))
+    assert len(taken) == 1
 
 
 def slow_ica(x: Floats, seed: int) -> Floats:
