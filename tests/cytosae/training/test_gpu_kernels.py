@@ -414,7 +414,6 @@ def test_the_host_waits_once_per_micro_batch(with_dead: bool) -> None:
 def test_sparse_and_dense_work_agree_on_the_gpu(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """768 -> 49,152, a real batch, L0 of some 200, popular latents, dead ones: in float32, and twice the same bits."""
     monkeypatch.undo()  # blocks of real size
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     model = SparseAutoencoder(768, 49_152)
     model.init_weights(torch.Generator().manual_seed(0))
     rank = torch.arange(1, 49_153, dtype=torch.float64)
