@@ -14,8 +14,10 @@ Full size: python bench/sae_step.py --tokens 16448 --sweep
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -115,11 +117,18 @@ def make_model(width: int, share: npt.NDArray[np.float64], *, mean: npt.NDArray[
 
     There the pre-activation of s is normal with deviation ||W_enc[:, s]||, so the bias is a quantile times that.
     """
-    model = SparseAutoencoder(width, len(share))
-    model.init_weights(torch.Generator().manual_seed(0))
+    model = copy.deepcopy(_drawn(width, len(share)))
     with torch.no_grad():
         model.b_dec.copy_(torch.from_numpy(mean))
         model.b_enc.copy_(model.W_enc.norm(dim=0) * torch.from_numpy(ndtri(share)).float())
+    return model
+
+
+@lru_cache(1)
+def _drawn(width: int, n_latents: int) -> SparseAutoencoder:
+    """Seeded weights, which all cases of a size share: drawing 49,152 latents takes two seconds."""
+    model = SparseAutoencoder(width, n_latents)
+    model.init_weights(torch.Generator().manual_seed(0))
     return model
 
 

@@ -45,7 +45,7 @@ class Pipeline:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.o, self.folder, self.device = options, folder, options.device
         self.on_gpu = self.device.startswith("cuda")
-        self.precision = "bf16" if self.on_gpu else "fp32"
+        self.precision = "fp16" if self.on_gpu else "fp32"  # as docs/training.md proposes
         self.cache, self.run = folder / "a.acts.zarr", folder / "sae"
         with mock.patch.object(bench_extract, "_DRAWN", 128):
             bench_extract.draw_images(folder / "images", options.images)

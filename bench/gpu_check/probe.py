@@ -28,11 +28,13 @@ from gpu_check.sections import Sections
 from sae_step import L1, Case, add_sizes, make_case
 from sae_step_gpu import fused_step, parts, waits
 
-from cytosae.sae import SparseAutoencoder, geometric_median
+from cytosae.sae import SparseAutoencoder, TrainConfig, geometric_median
 from cytosae.training import (
     BatchLosses,
     Objective,
+    budget,
     compare_plainly,
+    distributed,
     held_out,
     loss_and_gradients,
     losses,
@@ -114,7 +116,7 @@ class Probe:
         wanted = {name: parameter.grad for name, parameter in exact.named_parameters()}
         found: dict[str, Any] = {}
         for precision, (work, sparse_below) in itertools.product(
-            ("fp32", "bf16") if self.on_gpu else ("fp32",), {"sparse": 2.0, "dense": 0.0}.items()
+            OPERANDS if self.on_gpu else ("fp32",), {"sparse": 2.0, "dense": 0.0}.items()
         ):
             runs = []
             for _ in range(2):
@@ -159,7 +161,10 @@ class Probe:
             "relu, L0 200, 25% dead": (200, 0.25, "relu", bf16, {}),
             "relu, L0 200, 57% dead": (200, 0.57, "relu", bf16, {}),
             "relu, L0 200, 57% dead, auxk": (200, 0.57, "relu", auxk, {}),
-            "relu, L0 200, fp32": (200, 0, "relu", Objective(), {}),
+            **{
+                f"relu, L0 200, {name}": (200, 0, "relu", Objective(precision=name), {})
+                for name in (("fp16", "tf32", "fp32") if self.on_gpu else ("fp32",))
+            },
             **{name: (200, 0, name, bf16, {}) for name in ("topk", "batchtopk", "jumprelu", "gated")},
         }
         for name, (l0, dead, activation, objective, more) in todo.items():
@@ -225,7 +230,7 @@ class Probe:
         silent = torch.zeros(self.o.latents, dtype=torch.int64, device=self.device)
         saved = state.TrainState(case.model, optimizer, silent, 1.0, 1, [])
         found["copying a state, for which a step waits"] = self.ms(lambda: saving.snapshot(saved), rounds=3, warm_up=1)
-        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+        with tempfile.TemporaryDirectory() as folder:  # not in `out`, where it would stay if time were up
             (Path(folder) / "state").mkdir()
             found["writing a state, for which none waits"] = self.ms(
                 lambda: state.save_state(Path(folder), saved, keep=2), rounds=1, warm_up=0
@@ -236,6 +241,7 @@ class Probe:
             found[f"geometric median, {device}"] = self.ms(partial(geometric_median, there), rounds=1, warm_up=0)
         found["batches sent ahead, each"] = self._sent()
         found["held-out images"] = self._held_out(case.model.requires_grad_(False))
+        found["a check of tokens auto"] = self._watched(case.model)
         return found
 
     def _sent(self) -> float:
@@ -246,6 +252,14 @@ class Probe:
             next(tokens)
         took = self.ms(lambda: [next(tokens).float() for _ in range(n)], rounds=1, warm_up=0)
         return took["ms"] / n
+
+    def _watched(self, model: SparseAutoencoder) -> dict[str, float]:
+        """Every 20 steps at first, and dense in float32: what share of a run is it?"""
+        watch = budget.Watch.__new__(budget.Watch)
+        tokens = torch.zeros(budget.WATCHED_TOKENS, self.o.width, dtype=torch.float16)
+        known = {"_tokens_ND": tokens, "_n": len(tokens), "_device": self.device}
+        vars(watch).update(known, _config=TrainConfig(), _ranks=distributed.ALONE)
+        return self.ms(lambda: watch.check(model, 1, 1.0), rounds=2, warm_up=1)
 
     @torch.inference_mode()
     def _held_out(self, model: SparseAutoencoder) -> dict[str, Any]:
