@@ -152,7 +152,11 @@ class Probe:
         auxk = Objective(precision=self.fast, dead_latents="auxk")
         todo: dict[str, tuple[float, float, str, Objective, dict[str, Any]]] = {
             "relu, L0 200": (200, 0, "relu", bf16, {}),
-            "relu, L0 200, one micro-batch": (200, 0, "relu", bf16, {"micro_batch": self.o.tokens}),
+            # on a large card a batch is one micro-batch, whose gathered rows (51 MB) do not fit an H200's L2 cache
+            **{
+                f"relu, L0 200, {n} micro-batches": (200, 0, "relu", bf16, {"micro_batch": -(-self.o.tokens // n)})
+                for n in (2, 4)
+            },
             "relu, L0 200, dense": (200, 0, "relu", bf16, {"sparse_below": 0.0}),
             "relu, L0 50": (50, 0, "relu", bf16, {}),
             "relu, L0 500": (500, 0, "relu", bf16, {}),
