@@ -152,7 +152,7 @@ class ActivationStore:
         DamagedStore
             If it is missing, has a wrong size, another checksum than in the journal, or (URL) fails its checksum.
         """
-        if not 0 <= chunk < self.spec.n_chunks:
+        if not 0 <= operator.index(chunk) < self.spec.n_chunks:
             raise IndexError(f"chunk {chunk} outside 0..{self.spec.n_chunks - 1}")
         try:
             return self._chunks.get(chunk)

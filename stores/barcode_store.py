@@ -312,7 +312,7 @@ class BarcodeStore:
         self._check_matrix(path)
         return CsrReader(path, shape=_stated_shape(path))
 
-    def read_rows(self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None, *, layer: str = "X") -> Any:
+    def read_rows(self, level: str, rows: npt.ArrayLike, tau: float | None = None, *, layer: str = "X") -> Any:
         """Some rows of `X` or a layer, given in ascending order, as a scipy CSR matrix in float32; checked.
 
         Memory: twice the rows, and 256 further rows.
@@ -321,11 +321,14 @@ class BarcodeStore:
         ------
         DamagedStore
             If a chunk is damaged or missing.
+        TypeError, IndexError
+            If `rows` are not whole numbers (a mask is none), there is no such row, or they do not ascend.
         """
         from scipy.sparse import csr_matrix, vstack
 
         reader = self.matrix(level, tau, layer)
         shape = reader.shape
+        rows = _checked_rows(rows, shape[0])
         pieces = [csr_matrix((0, shape[1]), dtype=np.float32)]
         with _errors_as_damage(self.path(level, tau)):
             for number in np.unique(rows // _READ_ROWS):
@@ -346,6 +349,18 @@ class BarcodeStore:
 
     def _listed_taus(self) -> str:
         return ", ".join(map(tau_text, self.taus))
+
+
+def _checked_rows(rows: npt.ArrayLike, n_rows: int) -> npt.NDArray[np.int64]:
+    found = np.asarray(rows)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise TypeError(f"rows must be a list of whole numbers; found {found.dtype} of shape {found.shape}")
+    if found.size and not 0 <= found.min() <= found.max() < n_rows:
+        raise IndexError(f"row {found.min() if found.min() < 0 else found.max()} outside 0..{n_rows - 1}")
+    found = found.astype(np.int64)
+    if (np.diff(found) < 0).any():
+        raise IndexError("rows must be in ascending order: read them sorted, and order what is read")
+    return found
 
 
 def _content_crc(path: Path) -> str:

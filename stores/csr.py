@@ -7,6 +7,7 @@ exception is indices, whose fill value is column 0 (an index out of range would 
 the files is checked.
 """
 
+import operator
 import os
 import weakref
 import zlib
@@ -358,7 +359,12 @@ class CsrReader:
         ------
         DamagedStore
             If a chunk is damaged or missing, or the rows break an invariant; wrong rows are never returned.
+        IndexError
+            Unless 0 <= start <= stop <= the number of rows.
         """
+        start, stop = operator.index(start), operator.index(stop)
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"rows {start:,} to {stop:,} outside 0..{self.shape[0]:,}")
         place = f"rows {start:,} to {stop - 1:,} of {self.path}"
         try:
             self._check_chunk_headers("indptr", start, stop + 1)

@@ -5,6 +5,7 @@ an unreadable image has empty rows. Values are float32, rounded to `value_bits` 
 is decided before rounding; thresholds are compared with the stored, rounded value.
 """
 
+import operator
 import tempfile
 from dataclasses import replace
 from functools import lru_cache
@@ -137,7 +138,13 @@ class LatentStore:
         return self._rows
 
     def read_images(self, start: int, stop: int) -> CsrRows:
-        """The token rows of images start..stop, checked (`CsrReader.read_rows`)."""
+        """The token rows of images `start` to `stop` - 1, checked (`CsrReader.read_rows`).
+
+        Raises IndexError unless 0 <= start <= stop <= n_images.
+        """
+        start, stop = operator.index(start), operator.index(stop)
+        if not 0 <= start <= stop <= self.spec.n_images:
+            raise IndexError(f"images {start} to {stop} outside 0..{self.spec.n_images}")
         tokens = self.spec.tokens_per_image
         try:
             return self._rows.read_rows(start * tokens, stop * tokens)

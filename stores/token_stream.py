@@ -162,12 +162,15 @@ class TokenStream:
         Raises
         ------
         BadInput
-            If no image is readable and chosen, `images` does not fit the caches, or a setting is out of its range.
+            If there is no cache, no image is readable and chosen, `images` does not fit the caches, or a setting is out
+            of its range.
         """
         check_choice("token_set", token_set, TOKEN_SETS)
         check_choice("order", order, ("tokens", "images"))
         if pool_chunks < 1:
             raise BadInput(f"pool_chunks must be above 0; found {pool_chunks}")
+        if not stores:
+            raise BadInput("no cache is given: there is nothing to train on")
         self._stores, self._order, self._seed = stores, order, seed
         self._threads = threads
         self._tokens = chosen_tokens(token_set, stores[0].spec.layout, f"the tokens of {stores[0].root}")

@@ -268,6 +268,10 @@ def test_what_no_cache_holds_is_refused(place: Path | str) -> None:
             store.read_rows(start, stop)
     with pytest.raises(TypeError):
         store.read_rows(0, 1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        store.read_chunk(1.5)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="no cache is given"):
+        TokenStream([])
     for batch, position in ((0, 0), (-1, 0), (5, -1)):
         with pytest.raises(BadInput, match=f"found {batch}, {position}"):
             store.shuffled_tokens(batch, position=position)

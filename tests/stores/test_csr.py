@@ -136,6 +136,9 @@ def test_rows_survive_commits_and_interruptions_anywhere(
     assert same(reader.read_rows(start, stop), expected[start:stop])
     step = data.draw(st.integers(1, 7), label="every so many rows")
     assert np.array_equal(reader.row_starts(start, n_rows + 1, step), expected.indptr[start::step])
+    for start, stop in ((-1, n_rows), (n_rows, n_rows + 1), (1, 0)):
+        with pytest.raises(IndexError, match=rf"rows {start} to {stop} outside 0\.\.{n_rows}"):
+            reader.read_rows(start, stop)
 
 
 @pytest.mark.parametrize("n_columns", [40, 65_536, 65_537])

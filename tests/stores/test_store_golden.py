@@ -206,6 +206,9 @@ def test_latent_store_version_1() -> None:
     assert rows.indices.dtype == np.uint16
     assert store.image_indptr.tolist() == [0, 10, 10, 20]
     assert store.nnz == 20
+    for start, stop in ((-1, 2), (2, 1), (2, 4)):
+        with pytest.raises(IndexError, match=rf"images {start} to {stop} outside 0\.\.3"):
+            store.read_images(start, stop)
     assert store.images["image_id"].to_pylist() == IMAGE_IDS
     assert store.spec.sae_sha256 == load_sae(GOLDEN / "sae-v1").sha256
     assert store.spec.cache_sha256 == ActivationStore(GOLDEN / "activations-v1.zarr").content_sha256

@@ -280,6 +280,15 @@ def test_each_store_is_a_whole_anndata_with_its_provenance(
     assert np.array_equal(store.read("patient").X.toarray(), found["patient"].X.toarray())
     with pytest.raises(BadInput, match="has no 'cell' barcodes; it holds image, patient, disease"):
         store.read("cell")
+    images = store.read("image").X.toarray()
+    assert np.array_equal(store.read_rows("image", [0, 2, 2]).toarray(), images[[0, 2, 2]])
+    assert store.read_rows("image", []).shape == (0, 6)
+    for not_whole in (np.ones(len(images), bool), [1.0], 1):
+        with pytest.raises(TypeError, match="rows must be a list of whole numbers"):
+            store.read_rows("image", not_whole)
+    for rows in ([-1], [len(images)], np.array([2**63], np.uint64), [1, 0]):
+        with pytest.raises(IndexError, match=r"outside 0\.\.|in ascending order"):
+            store.read_rows("image", rows)
 
 
 def test_a_larger_tau_counts_less_and_says_what_never_exceeds_it(hand: Path, tmp_path: Path, threads: Client) -> None:
