@@ -37,7 +37,7 @@ def _silent(done: int, total: int, state: str) -> None:
     pass
 
 
-def pictures(latents: LatentStore, root: Path | None = None) -> Pictures:
+def pictures(latents: LatentStore, root: Path | str | None = None) -> Pictures:
     """The images of a latent store as pixels, by `image_index`.
 
     root : folder or archive of the images now; None: as recorded when the cache was made, if it was

@@ -68,7 +68,7 @@ _TABLES = (".csv", ".tsv", ".parquet")
 _HEADER_FILES = {format.header_file for format in FORMATS.values()} | {"sweep.json"}
 
 
-def open_images(source: Path | str, *, root: Path | None = None, suffixes: Sequence[str] = ()) -> Images:
+def open_images(source: Path | str, *, root: Path | str | None = None, suffixes: Sequence[str] = ()) -> Images:
     """The images that `source` names.
 
     Parameters
@@ -101,7 +101,7 @@ def open_images(source: Path | str, *, root: Path | None = None, suffixes: Seque
             f"no images at {source}: expected a folder, or a .csv or .parquet table, or an archive "
             f"({', '.join(ARCHIVE_SUFFIXES)})"
         )
-    root = (root or source.parent).absolute()
+    root = Path(root or source.parent).absolute()
     raw = read_table_file(source)
     columns = {name: column(raw, name) for name in raw.column_names}
     if "path" in columns:

@@ -113,7 +113,7 @@ def measure_fidelity(
     assume_compatible: bool = False,
     latents: Latents | None = None,
     tau: float = 0.2,
-    root: Path | None = None,
+    root: Path | str | None = None,
     weights: str | None = None,
     device: str = "auto",
     workers: int | None = None,
@@ -152,7 +152,7 @@ def measure_fidelity(
         latents = sae.model.encode
     backbone = load_backbone_of(cache, weights=weights, device=device, progress=download_progress)
     rows = draw_sample(cache, n_images=n_images, seed=seed)
-    root = root or Path(str((read_runs(store) or [{}])[-1].get("images_root", ".")))
+    root = Path(root or str((read_runs(store) or [{}])[-1].get("images_root", ".")))
     sample = read_sample(
         cache, rows, backbone, root=root, device=device, workers=workers or n_cores(), progress=progress
     )

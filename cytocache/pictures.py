@@ -23,9 +23,9 @@ Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
 class Pictures:
     """The images of a latent store, by `image_index`."""
 
-    def __init__(self, latents: LatentStore, root: Path | None = None) -> None:
+    def __init__(self, latents: LatentStore, root: Path | str | None = None) -> None:
         """`root`: folder or archive of the images now; default: as recorded when the cache was made, if it was."""
-        self.root = root or _recorded_root(latents)
+        self.root = Path(root) if root else _recorded_root(latents)
         self._paths, self._hashes = column(latents.images, "path"), column(latents.images, "content_hash")
         self._errors, self._truncated = column(latents.images, "error"), truncated_images(latents.images)
         self._preprocess = Preprocess.seen_in(latents.spec.cache.get("transform"))

@@ -306,7 +306,7 @@ def open_caches(roots: Sequence[Path | str] | Path | str) -> list[ActivationStor
     SpecMismatch
         If they do not hold the same kind of tokens.
     BadInput
-        If one is given twice.
+        If none is given, or one twice.
     """
     return used_together([ActivationStore(root) for root in one_or_more(roots)])
 
@@ -318,6 +318,8 @@ def one_or_more(places: Sequence[Path | str] | Path | str) -> Sequence[Path | st
 
 def used_together(stores: list[ActivationStore]) -> list[ActivationStore]:
     """The same stores, checked as `open_caches` does."""
+    if not stores:
+        raise BadInput("no cache is given; give at least one")
     if len({store.content_sha256 for store in stores}) < len(stores):
         raise BadInput("the same cache is given twice; its tokens would count double")
     precisions = sorted({store.spec.precision for store in stores})

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,8 +63,19 @@ def is_dropping(name: str) -> bool:
 
 def canonical_json(value: Any) -> bytes:
     """The canonical JSON of a value, for hashes: sorted keys, no blanks, UTF-8, NaN refused."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain_number
+    )
     return text.encode()
+
+
+def _plain_number(value: object) -> int | float:
+    """A number of numpy, as settings from a notebook hold it, as the same number of Python."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} {value!r:.60} cannot be written as JSON")
 
 
 def decode_text(raw: bytes) -> str:
@@ -216,7 +228,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def readable_json(value: Any) -> bytes:
     """Indented JSON, for people to read."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain_number) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:

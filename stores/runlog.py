@@ -46,8 +46,9 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
     append_line(own, record)
 
 
-def read_runs(root: Path) -> list[dict[str, Any]]:
+def read_runs(root: Path | str) -> list[dict[str, Any]]:
     """The run log, oldest first; [] where there is none. Damaged lines are left out: no number depends on them."""
+    root = Path(root)
     of_shards = [run for path in shard_logs(root) for run in read_lines(path, skip_damaged=True)]
     # after a crash at the end, a shard's lines may be in both files
     others = [run for run in read_lines(root / _FILE, skip_damaged=True) if run not in of_shards]

@@ -174,7 +174,7 @@ def cyto_version() -> str:
     return VERSION
 
 
-def find_header(root: Path) -> Header | None:
+def find_header(root: Path | str) -> Header | None:
     """The header of the artefact at `root`, of any kind; None if there is none.
 
     Raises
@@ -182,6 +182,7 @@ def find_header(root: Path) -> Header | None:
     DamagedStore
         If the identity in the header is not that of its spec.
     """
+    root = Path(root)
     for name in dict.fromkeys(format.header_file for format in FORMATS.values()):
         raw = read_object(root / name)
         if name == "zarr.json":

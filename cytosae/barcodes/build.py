@@ -231,11 +231,11 @@ class _Level:
 
 def write_barcodes(
     latents: Path | str | Sequence[Path | str],
-    out: Path,
+    out: Path | str,
     config: BarcodeConfig = BarcodeConfig(),
     *,
     client: "Client | None" = None,
-    table: Path | None = None,
+    table: Path | str | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> BarcodeResult:
@@ -263,6 +263,7 @@ def write_barcodes(
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
+    out, table = Path(out), None if table is None else Path(table)
     with client_or_own(client) as working:
         return _write_barcodes(latents, out, config, working, table, overwrite, progress)
 

@@ -66,11 +66,13 @@ def compare_thresholds(
     Raises
     ------
     BadInput
-        If a folder is named twice, or lacks the dataset.
+        If no folder is given, or one is named twice, or lacks the dataset.
     SpecMismatch
         If `out` holds other settings (and not `overwrite`), or something else.
     """
     concepts, out = [concepts] if isinstance(concepts, Path | str) else concepts, Path(out)
+    if not concepts:
+        raise BadInput("no concepts are given; give at least one folder of cyto concept stats")
     stores = [ConceptStore(root) for root in concepts]
     names = _names([store.root for store in stores])
     chosen = [

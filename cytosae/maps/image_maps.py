@@ -206,6 +206,7 @@ def write_maps(
     SpecMismatch
         If the stores, the concepts, the SAE or the backbone do not belong together, or `out` holds something else.
     """
+    latents = [*latents]
     if (query is None) == (not latents):
         raise BadInput("give latents, or a query for those that are active at a patch")
     if query is not None and concepts is None:

@@ -61,10 +61,11 @@ def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look
         If a setting that was asked for does not exist or cannot be used.
     """
     why: dict[str, str] = {}
+    root = {"root": _relative(Path(config.root), out)} if config.root else {}
     sections: dict[str, Section] = {
-        "images": {"source": _relative(source, out), **({"root": _relative(config.root, out)} if config.root else {})},
+        "images": {"source": _relative(source, out), **root},
         "extract": _extract_settings(config, look, why),
-        "sae": _given_sae(config.sae, out, why) if config.sae else _sae_settings(config, facts, look, why),
+        "sae": _given_sae(Path(config.sae), out, why) if config.sae else _sae_settings(config, facts, look, why),
         "encode": {"value_bits": 10, "min_activation": 0.0, "precision": "fp32"},
         "barcode": _barcode_settings(why),
         "concepts": _defaults(ConceptConfig(seed=config.seed), without=("partition_images",)),

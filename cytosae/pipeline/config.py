@@ -21,8 +21,8 @@ class RunConfig:
     backbone: str = "random-vit-tiny"
     weights: str | None = None  # as `cyto cache extract`
     block: int = -2  # transformer block whose output is used
-    root: Path | None = None  # folder that paths in a table are relative to; None: the table's
-    sae: Path | None = None  # an SAE to use: a folder of one, or a file that `cyto sae import` takes; None: train one
+    root: Path | str | None = None  # folder that paths in a table are relative to; None: the table's
+    sae: Path | str | None = None  # to use: a folder of an SAE, or a file for `cyto sae import`; None: train one
     stability: bool = False  # also train a second SAE from another seed, and compare the two
     seed: int = 0  # of the SAE, the draws and the folds
     # settings by section of the recipe, in place of those that would be chosen: {"sae": {"expansion": 16}};

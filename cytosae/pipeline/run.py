@@ -254,7 +254,7 @@ def _from_data(
 ) -> _Asked:
     """A recipe chosen from the data, which must be that of the folder, if it has one."""
     check_asked(config)
-    images = bridge.open_images(source, root=config.root)
+    images = bridge.open_images(source, root=None if config.root is None else Path(config.root))
     facts = read_cohort(images.table)
     extract = {"backbone": config.backbone, "weights": config.weights, "block": config.block}
     extract |= config.settings.get("extract", {})

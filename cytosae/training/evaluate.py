@@ -39,7 +39,7 @@ _DECODER_TILE = 4096  # rows; a tile of cosines has 64 MiB
 @torch.inference_mode()
 def evaluate(
     cache: Path | str,
-    run: Path,
+    run: Path | str,
     *,
     token_set: str | None = None,
     dead_window: int = DEAD_WINDOW,
@@ -76,6 +76,7 @@ def evaluate(
         If a token of a readable image is NaN or infinite; the message names it.
     """
     device = resolve_device(device)
+    run = Path(run)
     store, sae = ActivationStore(cache), load_sae(run, device=device)
     assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     sae.warn_of_precision(store.spec)

@@ -321,8 +321,9 @@ def _final_cls(recovered: float) -> HealthRow:
 # ------------------------------------------------------------------------------------------- beside the SAE
 
 
-def write_health(run: Path, health: Health) -> Path:
+def write_health(run: Path | str, health: Health) -> Path:
     """Keep it in the folder of the SAE, as `health.json`; what was measured on other caches stays. Returns the file."""
+    run = Path(run)
     known = [each for each in _entries(run) if each.get("cache_sha256") != health.cache_sha256]
     entries = [*known[-15:], health.to_json()]
     content = {"format": FORMAT, "format_version": VERSION, "measured": entries}
@@ -330,7 +331,7 @@ def write_health(run: Path, health: Health) -> Path:
     return run / FILE
 
 
-def read_health(run: Path, *, sae_sha256: str | None = None, cache_sha256: str | None = None) -> Health | None:
+def read_health(run: Path | str, *, sae_sha256: str | None = None, cache_sha256: str | None = None) -> Health | None:
     """What was kept last in the folder of an SAE; None if there is nothing of these weights, or of this cache.
 
     Raises
@@ -338,6 +339,7 @@ def read_health(run: Path, *, sae_sha256: str | None = None, cache_sha256: str |
     DamagedStore
         If the file is not what was written.
     """
+    run = Path(run)
     for entry in reversed(_entries(run)):
         if sae_sha256 not in (None, entry["sae_sha256"]) or cache_sha256 not in (None, entry["cache_sha256"]):
             continue

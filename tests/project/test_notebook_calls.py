@@ -14,6 +14,7 @@ import pytest
 from atlas_maker import Cohort, make_cohort
 from command_line import run
 from concept_folders import concepts_of, dense_tokens
+from distributed import Client, LocalCluster
 from PIL import Image
 from review_site import make_site
 
@@ -21,7 +22,7 @@ import cytocache
 import cytosae
 from cytosae.review.questions import read_review
 from cytosae.review.verdicts import default_reviews, new_verdict, save_verdict
-from stores import ConceptStore, LatentStore
+from stores import ConceptStore, LatentStore, find_header, read_runs
 from stores.errors import BadInput, StoreNotFound
 from stores.files import sha256_json
 from stores.tables import column
@@ -92,6 +93,36 @@ def test_maps(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
     )
     assert done.was_complete
     says(done, by_command)
+
+
+def test_paths_as_texts_and_numbers_of_numpy(made: Path, tmp_path: Path) -> None:
+    """A notebook gives both: the folder is the same as of a Path and of numbers of Python."""
+    latents, bridge = made / "latents.zarr", cytocache.bridge
+    store = LatentStore(latents)
+    name, latent = str(column(store.images, "image_id")[1]), busiest(store, 1)
+    given: list[Any] = [[latent], np.array([latent]), [np.int64(latent)]]
+    headers = [
+        cytosae.write_maps(latents, tmp_path / str(n), image_id=name, latents=each, roots=[str(made)], stage_one=bridge)
+        for n, each in enumerate(given)
+    ]
+    assert len({(each.out / "maps.json").read_bytes() for each in headers}) == 1
+    table = tmp_path / "given.csv"
+    table.write_text(f"image_id,label\n{name},else\n")
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster, Client(cluster) as client:
+        cytosae.write_barcodes(latents, tmp_path / "b", table=table, client=client)
+        again = cytosae.write_barcodes(str(latents), str(tmp_path / "b"), table=str(table), client=client)
+    assert again.was_complete
+    assert cytosae.evaluate(str(made / "acts.zarr"), str(made / "run")).sae == made / "run"
+    assert cytosae.training.read_health(str(made / "run")) == cytosae.training.read_health(made / "run")
+    assert read_runs(str(latents)) == read_runs(latents)
+    assert find_header(str(latents)) == store.header
+
+
+def test_nothing_given_is_said(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no cache is given"):
+        cytosae.train([], tmp_path / "sae")
+    with pytest.raises(BadInput, match="no concepts are given"):
+        cytosae.compare_thresholds([], tmp_path / "thresholds")
 
 
 def test_what_maps_need(made: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import stores
@@ -17,6 +18,7 @@ from stores.files import (
     append_line,
     canonical_json,
     read_lines,
+    readable_json,
     sha256_file,
     sha256_json,
     sweep_partials,
@@ -163,6 +165,11 @@ def test_a_value_has_one_spelling() -> None:
     assert sha256_json({}) == hashlib.sha256(b"{}").hexdigest()
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical_json({"tau": float("nan")})
+    of_numpy = {"k": np.int64(3), "tau": np.float32(0.5), "latents": [np.uint16(7)]}
+    assert canonical_json(of_numpy) == canonical_json({"k": 3, "tau": 0.5, "latents": [7]})
+    assert readable_json(of_numpy) == readable_json({"k": 3, "tau": 0.5, "latents": [7]})
+    with pytest.raises(TypeError, match=r"PosixPath .* cannot be written as JSON"):
+        canonical_json({"root": Path("x")})
 
 
 def test_a_file_hash_is_that_of_its_bytes(tmp_path: Path) -> None:
