@@ -102,6 +102,7 @@ def compare(
         "left_out": left_out,
         "tau": spec["tau"],
         "normalize": store.header.spec["normalize"],
+        "token_set": store.header.spec.get("token_set", "all"),
         "sae_sha256": sae_of(store),
         "warnings": [
             *warn_of_groups(prepared, config, images, normalize=store.header.spec["normalize"]),

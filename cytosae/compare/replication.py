@@ -29,7 +29,7 @@ from scipy.stats import norm as normal
 from scipy.stats import t as student
 
 from cytosae.barcodes import IMAGE_COLUMNS
-from stores.barcode_store import BarcodeStore
+from stores.barcode_store import BarcodeStore, tau_text
 from stores.errors import BadInput, SpecMismatch
 from stores.files import canonical_json, parse_json
 from stores.part_files import Arrays, Keep, KeptParts
@@ -113,7 +113,7 @@ def replicate(
     BadInput
         If no latent was found in the discovery, a disease does not exist here, or the cohort is the discovery's own.
     SpecMismatch
-        If SAE or normalisation are not those of the discovery, or `out` holds something else.
+        If SAE, normalisation, token set or tau are not those of the discovery, or `out` holds something else.
     """
     config, discovery, barcodes, out = config or ReplicateConfig(), Path(discovery), Path(barcodes), Path(out)
     found = Comparison(out=discovery, results=ResultStore(discovery, COMPARISON), was_complete=True)
@@ -223,6 +223,17 @@ def _require_another_cohort(found: Comparison, store: BarcodeStore) -> None:
         raise SpecMismatch(
             f"{store.root} is normalised as {store.header.spec['normalize']}, {found.out} as "
             f"{found.summary.get('normalize', 'images')}; count the barcodes alike"
+        )
+    held_set = store.header.spec.get("token_set", "all")
+    if (stated_set := found.summary.get("token_set", held_set)) != held_set:
+        raise SpecMismatch(
+            f"{store.root} counts {held_set} tokens, {found.out} is of {stated_set}; count the cohort again with "
+            f"cyto barcode --token-set {stated_set}"
+        )
+    if (tau := found.summary.get("tau")) is not None and tau not in store.taus:
+        raise SpecMismatch(
+            f"{store.root} is counted at tau {', '.join(map(tau_text, store.taus))}, {found.out} at {tau_text(tau)}; "
+            f"count the cohort again with cyto barcode --tau {tau_text(tau)}"
         )
 
 

@@ -24,6 +24,7 @@ def write_patient_barcodes(
     n_images: list[int] | None = None,
     taus: tuple[float, ...] = (0.2,),
     normalize: str = "images",
+    token_set: str = "all",
     content_hashes: list[str] | None = None,
 ) -> Path:
     """A complete barcodes folder whose patients have these values (patients, latents); one image each."""
@@ -50,7 +51,12 @@ def write_patient_barcodes(
             writer = BarcodeWriter(root / f"{level_name(level, tau, is_only=len(taus) == 1)}.zarr", n_latents=n_latents)
             writer.append({"X": csr_matrix(np.asarray(rows, np.float32).reshape(-1, n_latents))})
             writer.finish(obs=table, var=var, uns={"cyto": {"tau": tau}})
-    spec = {"tau": taus[0] if len(taus) == 1 else [*taus], "normalize": normalize, "made_up": names}
+    spec = {
+        "tau": taus[0] if len(taus) == 1 else [*taus],
+        "normalize": normalize,
+        "token_set": token_set,
+        "made_up": names,
+    }
     header = new_header(BARCODES, spec)
     write_header(root, Header(**{**vars(header), "complete": True, "summary": {}}))
     return root

@@ -364,6 +364,12 @@ def test_what_is_no_replication(discovery: Path, tmp_path: Path) -> None:
     summed = write_patient_barcodes(tmp_path / "summed", draw(1), DISEASES, normalize="cytosae-release")
     with pytest.raises(SpecMismatch, match="is normalised as cytosae-release"):
         replicate(discovery, summed, tmp_path / "out", settings())
+    patches = write_patient_barcodes(tmp_path / "patches", draw(1), DISEASES, token_set="patch")
+    with pytest.raises(SpecMismatch, match=r"counts patch tokens, .* is of all; .*cyto barcode --token-set all"):
+        replicate(discovery, patches, tmp_path / "out", settings())
+    other = write_patient_barcodes(tmp_path / "other", draw(1), DISEASES, taus=(0.1, 0.0899))
+    with pytest.raises(SpecMismatch, match=r"at tau 0\.1, 0\.0899, .* at 0\.2; .*cyto barcode --tau 0\.2"):
+        replicate(discovery, other, tmp_path / "out", settings())
     same = write_patient_barcodes(tmp_path / "same", draw(1), DISEASES, names=["X", *(f"D{n}" for n in range(1, 24))])
     done = replicate(discovery, same, tmp_path / "out", settings())
     assert any("23 patients have names of the discovery's patients" in warning for warning in done.warnings)
