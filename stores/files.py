@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,17 +63,15 @@ def is_dropping(name: str) -> bool:
 def canonical_json(value: Any) -> bytes:
     """The canonical JSON of a value, for hashes: sorted keys, no blanks, UTF-8, NaN refused."""
     text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain_number
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain_number
     )
     return text.encode()
 
 
-def _plain_number(value: object) -> int | float:
-    """A number of numpy, as settings from a notebook hold it, as the same number of Python."""
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value)
+def plain_number(value: Any) -> Any:
+    """A number of numpy, as settings from a notebook hold it, as the same number of Python: for `json.dumps`."""
+    if type(value).__module__ == "numpy" and value.shape == ():
+        return value.item()
     raise TypeError(f"{type(value).__name__} {value!r:.60} cannot be written as JSON")
 
 
@@ -228,7 +225,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def readable_json(value: Any) -> bytes:
     """Indented JSON, for people to read."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain_number) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=plain_number) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:

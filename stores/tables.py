@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import BadInput
-from .files import decode_text, write_atomic
+from .files import decode_text, plain_number, write_atomic
 
 MANIFEST_COLUMNS = ("image_id", "path", "label", "label_common", "patient", "disease", "dataset")
 OUTCOME_COLUMNS = ("content_hash", "status", "error")
@@ -185,7 +185,7 @@ def parquet_bytes(table: pa.Table) -> memoryview:
 def sealed_parquet(table: pa.Table, **said: Any) -> memoryview:
     """The same, with the hash of the cells and the values `said` in the metadata, for files without another record."""
     cyto = {**said, "sha256": table_sha256(table)}
-    return parquet_bytes(table.replace_schema_metadata({b"cyto": json.dumps(cyto).encode()}))
+    return parquet_bytes(table.replace_schema_metadata({b"cyto": json.dumps(cyto, default=plain_number).encode()}))
 
 
 def read_sealed(path: Path) -> tuple[pa.Table, dict[str, Any]]:

@@ -20,6 +20,7 @@ from cytosae.review import (
     opinions_identity,
 )
 from cytosae.stage_one import StageOne
+from stores.activation_store import one_or_more
 from stores.errors import SpecMismatch
 from stores.files import sha256_json
 from stores.progress import Progress
@@ -120,7 +121,7 @@ def build_atlas(
     out: Path | str,
     config: AtlasConfig | None = None,
     *,
-    comparisons: Sequence[Path | str] = (),
+    comparisons: Path | str | Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
     reviews: Path | str | None = None,
@@ -128,11 +129,11 @@ def build_atlas(
     score: Path | str | None = None,
     masks: Path | str | None = None,
     names: Path | str | None = None,
-    replications: Sequence[Path | str] = (),
+    replications: Path | str | Sequence[Path | str] = (),
     beside: Path | str | None = None,
     match: Path | str | None = None,
     stage_one: StageOne | None = None,
-    roots: Sequence[Path | str] = (),
+    roots: Path | str | Sequence[Path | str] = (),
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> AtlasResult:
@@ -183,6 +184,7 @@ def build_atlas(
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
     one |= {"reviews": reviews, "beside": beside, "match": match, "names": names}
+    comparisons, replications = one_or_more(comparisons), one_or_more(replications)
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     more = [each for each in one.values() if each is not None]
     given = [barcodes, concepts, *sources.places, *comparisons, *replications, *more]
@@ -307,7 +309,7 @@ def estimate_atlas(
     out: Path | str | None = None,
     config: AtlasConfig | None = None,
     *,
-    comparisons: Sequence[Path | str] = (),
+    comparisons: Path | str | Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
     reviews: Path | str | None = None,
@@ -315,11 +317,11 @@ def estimate_atlas(
     score: Path | str | None = None,
     masks: Path | str | None = None,
     names: Path | str | None = None,
-    replications: Sequence[Path | str] = (),
+    replications: Path | str | Sequence[Path | str] = (),
     beside: Path | str | None = None,
     match: Path | str | None = None,
     stage_one: StageOne | None = None,
-    roots: Sequence[Path | str] = (),
+    roots: Path | str | Sequence[Path | str] = (),
 ) -> AtlasResult:
     """What `build_atlas` would write: pages are counted, bytes extrapolated from a few pages that are made in memory.
 
@@ -330,6 +332,7 @@ def estimate_atlas(
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
     one |= {"reviews": reviews, "beside": beside, "match": match, "names": names}
+    comparisons, replications = one_or_more(comparisons), one_or_more(replications)
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     return _estimate(inputs, None if out is None else Path(out), config)
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stores.files import is_dropping, sha256_file
+from stores.files import is_dropping, plain_number, sha256_file
 from stores.wording import plain_text
 
 _NONE = "\N{EN DASH}"  # shown for undefined values
@@ -83,7 +83,8 @@ class Site:
 
 def script_data(name: str, value: Any) -> bytes:
     """A script with `value` (plain JSON values, `packed` arrays) for the pages, safe inside a script element."""
-    text = f"CYTO.add({json.dumps(name)},{json.dumps(value, separators=(',', ':'), allow_nan=False)});\n"
+    plain = json.dumps(value, separators=(",", ":"), allow_nan=False, default=plain_number)
+    text = f"CYTO.add({json.dumps(name)},{plain});\n"
     return text.translate(_ESCAPES).encode()
 
 
@@ -147,4 +148,4 @@ def whole(value: int | None) -> str:
 
 def readable(value: Mapping[str, Any]) -> str:
     """Indented JSON."""
-    return json.dumps(value, indent=1, ensure_ascii=False)
+    return json.dumps(value, indent=1, ensure_ascii=False, default=plain_number)

@@ -160,6 +160,12 @@ def write_mask_agreement(
     shares, named, left_out = _shares_of(masks, latents, classes, stage_one, root, reading_progress)
     if not shares:
         raise BadInput("no readable image has a mask: there is nothing to compare")
+    for image, share in shares.items():
+        if share.shape not in {(side, side), (len(named), side, side)}:
+            raise BadInput(
+                f"the shares of image {image} have shape {share.shape}; expected {(len(named), side, side)}: a number "
+                f"for each class and patch"
+            )
     images, unit_of, n_without = _units(latents, sorted(shares))
     covered = np.array([shares[image] >= min_share for image in images]).reshape(len(images), -1, side * side)
     foreground = np.ascontiguousarray(covered.transpose(1, 0, 2))  # (n_classes, n_images, n_patches)

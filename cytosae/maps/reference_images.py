@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cytosae.barcodes import check_one_sae
 from cytosae.stage_one import Picture, StageOne, require_stage_one
+from stores.activation_store import one_or_more
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
@@ -139,7 +140,7 @@ def unseen(rows: Sequence[FrameRow]) -> list[str]:
     ]
 
 
-def open_sources(stores: Places, stage_one: StageOne, *, roots: Sequence[Path | str] = ()) -> Sources:
+def open_sources(stores: Places, stage_one: StageOne, *, roots: Places = ()) -> Sources:
     """Open latent stores together with the pictures of their images.
 
     Parameters
@@ -156,7 +157,7 @@ def open_sources(stores: Places, stage_one: StageOne, *, roots: Sequence[Path | 
         If the stores are not of one SAE.
     """
     paths = [stores] if isinstance(stores, Path | str) else list(stores)
-    folders = [Path(root) for root in roots]
+    folders = [Path(root) for root in one_or_more(roots)]
     if folders and len(folders) != len(paths):
         raise BadInput(f"give a folder of images once for each store, or none; found {len(folders)} for {len(paths)}")
     opened = [LatentStore(path) for path in paths]
@@ -166,7 +167,7 @@ def open_sources(stores: Places, stage_one: StageOne, *, roots: Sequence[Path | 
     return Sources(opened, pictures, folders)
 
 
-def as_sources(stores: Sources | Places, stage_one: StageOne | None, roots: Sequence[Path | str] = ()) -> Sources:
+def as_sources(stores: Sources | Places, stage_one: StageOne | None, roots: Places = ()) -> Sources:
     """`Sources` as they are, or opened from paths, which needs `stage_one`.
 
     Raises

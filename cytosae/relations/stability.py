@@ -29,6 +29,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cytosae.sae import Decoder, pair_cosines, read_decoder, require_comparable
+from stores.activation_store import one_or_more
 from stores.concept_store import MEANINGFUL, threshold_warning
 from stores.errors import BadInput, SpecMismatch
 from stores.progress import Progress
@@ -75,7 +76,7 @@ def write_stability(
     runs: Sequence[Path | str],
     out: Path | str,
     *,
-    concepts: Sequence[Path | str] = (),
+    concepts: Path | str | Sequence[Path | str] = (),
     min_mean_activation: float = MEANINGFUL,
     seed: int = 0,
     assume_compatible: bool = False,
@@ -101,7 +102,8 @@ def write_stability(
     SpecMismatch
         If the SAEs were trained on different kinds of tokens, or concepts belong to none of them.
     """
-    saes, of_concepts, out = [Path(run) for run in runs], [Path(folder) for folder in concepts], Path(out)
+    saes, out = [Path(run) for run in one_or_more(runs)], Path(out)
+    of_concepts = [Path(folder) for folder in one_or_more(concepts)]
     decoders = [read_decoder(sae) for sae in saes]
     if len(decoders) < 2:
         raise BadInput(f"stability needs two SAEs or more; found {len(decoders)}")

@@ -33,6 +33,7 @@ class SearchConfig:
         for name in ("top", "k"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1; found {getattr(self, name)}")
+        object.__setattr__(self, "patches", tuple(self.patches))
         if len({*self.patches}) < len(self.patches) or min(self.patches, default=0) < 0:
             raise BadInput(f"patches must be different numbers of at least 0; found {list(self.patches)}")
         as_floats(self, "tau")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stores.activation_store import open_caches
+from stores.activation_store import one_or_more, open_caches
 from stores.errors import BadInput
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
@@ -41,7 +41,7 @@ def evaluate_search(
     out: Path | str,
     config: SearchEvaluationConfig | None = None,
     *,
-    caches: Sequence[Path | str] = (),
+    caches: Path | str | Sequence[Path | str] = (),
     keep: Path | str | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
@@ -67,6 +67,7 @@ def evaluate_search(
     config, barcodes, out = config or SearchEvaluationConfig(), Path(barcodes), Path(out)
     collection = open_collection(barcodes, config.tau, config.weigh)
     queries = draw_queries(collection, config)
+    caches = one_or_more(caches)
     stores = open_caches(caches) if caches else []
     places = places_of(stores, collection.ids, collection.is_readable) if caches else []
     spec = {

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from cytosae.plotting import plain
 from cytosae.stage_one import StageOne, require_stage_one
-from stores.activation_store import open_caches
+from stores.activation_store import one_or_more, open_caches
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
 from stores.progress import Progress
@@ -46,13 +46,13 @@ def search_cells(
     config: SearchConfig | None = None,
     *,
     out: Path | str | None = None,
-    latents: Sequence[Path | str] = (),
+    latents: Path | str | Sequence[Path | str] = (),
     sae: Path | str | None = None,
     weights: str | None = None,
-    caches: Sequence[Path | str] = (),
+    caches: Path | str | Sequence[Path | str] = (),
     keep: Path | str | None = None,
     stage_one: StageOne | None = None,
-    roots: Sequence[Path | str] = (),
+    roots: Path | str | Sequence[Path | str] = (),
     device: str = "auto",
     assume_compatible: bool = False,
     overwrite: bool = False,
@@ -85,6 +85,7 @@ def search_cells(
         If a store is damaged.
     """
     config = config or SearchConfig()
+    latents, caches, roots = one_or_more(latents), one_or_more(caches), one_or_more(roots)
     if config.patches and caches:
         raise BadInput("a region is compared by latents alone: give --patches without --cache")
     barcodes = Path(barcodes)

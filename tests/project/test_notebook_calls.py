@@ -118,6 +118,21 @@ def test_paths_as_texts_and_numbers_of_numpy(made: Path, tmp_path: Path) -> None
     assert find_header(str(latents)) == store.header
 
 
+def test_a_single_path_is_not_read_letter_by_letter(made: Path, tmp_path: Path) -> None:
+    """Where several stores may be given, the text of one will do."""
+    with pytest.raises(BadInput, match="stability needs two SAEs or more; found 1"):
+        cytosae.write_stability(str(made / "run"), tmp_path / "s")
+    sources = cytosae.open_sources(str(made / "latents.zarr"), cytocache.bridge, roots=str(made))
+    assert sources.roots == [made]
+
+
+def test_shares_of_another_grid(made: Path, tmp_path: Path) -> None:
+    """Four times the patches are not four classes."""
+    for shape in ((32, 32), (2, 16, 16), (16,)):
+        with pytest.raises(BadInput, match=r"the shares of image 0 have shape .*; expected \(1, 16, 16\)"):
+            cytosae.write_mask_agreement(made / "latents.zarr", {0: np.ones(shape)}, tmp_path / "m")
+
+
 def test_nothing_given_is_said(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no cache is given"):
         cytosae.train([], tmp_path / "sae")
