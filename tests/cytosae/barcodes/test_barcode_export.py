@@ -1,5 +1,6 @@
 """`cyto barcode export --h5ad`: what a viewer needs, and everything that the barcodes hold. No torch."""
 
+import gc
 from pathlib import Path
 
 import anndata
@@ -41,6 +42,7 @@ def test_the_same_numbers_with_categories_and_a_map(barcodes: Path, tmp_path: Pa
     assert [*found.obs_names] == [*stored.obs_names]
     assert isinstance(found.obs["disease"].dtype, pd.CategoricalDtype)
     assert [*found.obs["disease"]] == [*stored.obs["disease"]]
+    assert anndata.read_h5ad(out, backed="r")[1:3].to_memory().n_obs == 2
     points = found.obsm["X_pca"]
     assert points.dtype == np.float32
     assert np.isfinite(points).all()
@@ -101,6 +103,24 @@ def test_what_cannot_be_written_is_told(barcodes: Path, tmp_path: Path) -> None:
         export_h5ad(barcodes, barcodes / "x.h5ad")
     assert out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+@pytest.mark.parametrize("most", [0, 3_000, 10_000])
+def test_a_write_that_fails_is_one_error(
+    barcodes: Path, tmp_path: Path, most: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on a full disk: HDF5 printed a traceback for each object that it held, 50 of them."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*x\.h5ad"):
+            export_h5ad(barcodes, tmp_path / "x.h5ad")
+        gc.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Traceback" not in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_map_by_umap_where_it_is_installed(barcodes: Path, tmp_path: Path) -> None:
