@@ -106,8 +106,9 @@ def _started(workers: int, memory_limit: str) -> Iterator[Client]:
     limit = memory_bytes(memory_limit)
     if (most := (open_files() - _FILES) // _FILES_PER_WORKER) < workers:
         raise BadInput(
-            f"--workers {workers} need more open files than this process may have: give at most {most}, "
-            f"or raise the limit (ulimit -n {workers * _FILES_PER_WORKER + _FILES})"
+            f"--workers {workers} need more open files than this process may have: "
+            f"{f'give at most {most}, or ' if most > 0 else ''}raise the limit "
+            f"(ulimit -n {workers * _FILES_PER_WORKER + _FILES})"
         )
     settings = {
         "distributed.nanny.pre-spawn-environ": _ENVIRONMENT,

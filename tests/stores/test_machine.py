@@ -165,19 +165,19 @@ def test_cores_are_at_least_one_and_never_above_the_affinity(monkeypatch: pytest
         del os.environ[name]
 
 
-def test_more_workers_than_files_are_refused_and_the_limit_is_raised_first() -> None:
-    """In one line, before anything is started."""
+@pytest.mark.parametrize(("limit", "advice"), [(400, "give at most 22, or raise"), (100, "raise")])
+def test_more_workers_than_files_are_refused_and_the_limit_is_raised_first(limit: int, advice: str) -> None:
+    """In one line, before anything is started; where not even one worker fits, only the limit is left."""
     code = (
-        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 400))\n"
-        "from stores.machine import open_files; assert open_files() == 400\n"
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, {limit}))\n"
+        f"from stores.machine import open_files; assert open_files() == {limit}\n"
         "from cytosae.cluster import open_client\n"
         "try:\n with open_client(None, workers=500, memory_limit='1GiB'): pass\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == (
-        "BadInput --workers 500 need more open files than this process may have: give at most 22, "
-        "or raise the limit (ulimit -n 6128)\n"
+        f"BadInput --workers 500 need more open files than this process may have: {advice} the limit (ulimit -n 6128)\n"
     )
     assert issubclass(BadInput, ValueError)
 
