@@ -69,24 +69,24 @@ def test_a_sum_of_short_operands_is_float32(short: torch.dtype) -> None:
 @pytest.mark.skipif(not hasattr(MATMUL, "allow_bf16_reduced_precision_reduction_split_k"), reason="torch 2.10")
 @pytest.mark.parametrize("may_be_cut", [True, False])
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_a_gpu_is_told_to_sum_in_float32(name: str, may_be_cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_told_to_sum_in_float32(name: str, may_be_cut: bool) -> None:
     """In a step, whatever torch was told; afterwards as before, also whether cuBLAS may cut a sum into pieces."""
     names = [f"allow_{short}_reduced_precision_reduction" for short in ("bf16", "fp16")]
     every = [*names, *(f"{each}_split_k" for each in names), "fp32_precision"]
     before = [getattr(MATMUL, each) for each in every]
     seen: list[bool] = []
 
-    def step(*given: object, **more: object) -> None:
+    @losses._at_its_precision
+    def step(*given: object, **more: object) -> Any:
         seen.extend(getattr(MATMUL, each) for each in every)
 
-    monkeypatch.setattr(losses, "_loss_and_gradients", step)
     given = Objective(precision=name)
-    tokens = SimpleNamespace(device=torch.device("cuda"))
+    tokens: Any = SimpleNamespace(device=torch.device("cuda"))  # only its device is read
     try:
         for each in names:
             setattr(MATMUL, each, (may_be_cut, may_be_cut))  # torch lets only what is cut be rounded
         asked = [getattr(MATMUL, each) for each in every]
-        loss_and_gradients(small_model(), tokens, given, l1=0.0)  # type: ignore[arg-type]  # only its device is read
+        step(small_model(), tokens, given)
         assert [getattr(MATMUL, each) for each in every] == asked
     finally:
         for each, is_short, is_cut in zip(names, before[:2], before[2:4], strict=True):
