@@ -3,7 +3,7 @@
 #
 #   bash bench/gpu_check/gpu_check.sh prepare DEST      with pip: the checkout and the missing wheels into DEST (16 MB)
 #   bash DEST/gpu_check.sh run                          on the GPU machine: results in $OUT, or DEST/out
-#   CYTO_DEVICE=cpu bash DEST/gpu_check.sh run          a rehearsal with tiny sizes
+#   CYTO_DEVICE=cpu bash DEST/gpu_check.sh run          a rehearsal with tiny sizes, with Triton 3.7 (the interpreter of 3.6 fails with numpy 2.4)
 #   STAGES="probe bench-run" bash DEST/gpu_check.sh run  these stages only, as after a correction
 #
 # Expected on the GPU machine: Python 3.12, torch with CUDA, triton, timm, numba, pandas, pyarrow, scikit-learn, pytest.
