@@ -3,9 +3,10 @@
 #
 #   bash bench/gpu_check/gpu_check.sh prepare DEST      with pip: the checkout and the missing wheels into DEST (16 MB)
 #   bash DEST/gpu_check.sh run                          on the GPU machine: results in $OUT, or DEST/out
-#   CYTO_DEVICE=cpu bash DEST/gpu_check.sh run          a rehearsal with tiny sizes, with Triton 3.7 (the interpreter of 3.6 fails with numpy 2.4)
+#   CYTO_DEVICE=cpu bash DEST/gpu_check.sh run          a rehearsal with tiny sizes
 #   STAGES="probe bench-run" bash DEST/gpu_check.sh run  these stages only, as after a correction
 #
+# A rehearsal needs Triton 3.7: the interpreter of 3.6 fails with numpy 2.4.
 # Expected on the GPU machine: Python 3.12, torch with CUDA, triton, timm, numba, pandas, pyarrow, scikit-learn, pytest.
 # The most useful stages come first, each with its own time limit. No setting of the GPU is changed. The versions there
 # are not the ones in constraints.txt, so pytest does not turn warnings into errors. No test that needs a golden store runs.

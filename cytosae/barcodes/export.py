@@ -1,11 +1,11 @@
 """Barcodes of one level as one .h5ad file that cellxgene and other viewers open: categories, two maps of the rows."""
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ from stores.wording import Report, printable
 
 if TYPE_CHECKING:
     import pandas as pd
-    from _typeshed import ReadableBuffer
 
 Float32s = npt.NDArray[np.float32]
 _MOST_COMPONENTS = 50
@@ -190,62 +189,10 @@ def _write(table: Any, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
-        _write_h5ad(table, partial, out)
+        with plain_anndata():
+            table.write_h5ad(partial, compression="gzip")
         sync_file(partial)
         partial.replace(out)
         sync_folder(out.parent)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _write_h5ad(table: Any, path: Path, out: Path) -> None:
-    """As `AnnData.write_h5ad`; a write that fails, as on a full disk, is raised as that one OSError, about `out`."""
-    import h5py
-    from anndata.io import write_elem
-
-    table.strings_to_categoricals()
-    zipped = {"compression": "gzip"}
-    with path.open("w+b", buffering=0) as opened:
-        file = _PatientFile(opened)
-        try:
-            with plain_anndata(), h5py.File(file, "w") as store:
-                store.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-                for name in ("X", "obs", "var"):
-                    write_elem(store, name, getattr(table, name), dataset_kwargs=zipped)
-                for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
-                    write_elem(store, name, dict(getattr(table, name)), dataset_kwargs=zipped)
-        except Exception:
-            if file.failed is None:
-                raise
-    if file.failed is not None:
-        raise OSError(file.failed.errno, file.failed.strerror, str(out))
-
-
-class _PatientFile:
-    """A file for HDF5, which prints a traceback for each object that it still holds when a write fails.
-
-    So the first failure is kept for later, and what is written afterwards goes nowhere.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.failed: OSError | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def write(self, content: "ReadableBuffer") -> int:
-        return self._try(lambda: self.file.write(content), memoryview(content).nbytes)
-
-    def truncate(self, size: int) -> int:
-        return self._try(lambda: self.file.truncate(size), size)
-
-    def flush(self) -> None:
-        self._try(lambda: self.file.flush() or 0, 0)
-
-    def _try(self, step: Callable[[], int], done: int) -> int:
-        try:
-            return step() if self.failed is None else done
-        except OSError as error:
-            self.failed = error
-            return done
