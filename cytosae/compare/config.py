@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from stores.activation_store import one_or_more
 from stores.errors import BadInput
 from stores.spec import as_floats
 
@@ -29,6 +30,7 @@ class CompareConfig:
     standardize: str | None = None  # a column of the image table: means of its types, with fixed weights
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "adjust", tuple(one_or_more(self.adjust)))
         least = {"n_permutations": 1, "seed": 0, "top": 1, "min_patients": 0, "n_bootstraps": 0}
         for name, number in least.items():
             if getattr(self, name) < number:

@@ -30,6 +30,7 @@ from .reference_images import (
     Sources,
     as_concepts,
     as_sources,
+    check_n_images,
     reference_rows,
     require_same_sae,
     unseen,
@@ -202,7 +203,7 @@ def write_maps(
     ------
     BadInput
         If there is no such image, latent, patch or dataset, or the query leaves no latent; if not exactly one of
-        `image_id` and `file`, or of `latents` and `query`, is given.
+        `image_id` and `file`, or of `latents` and `query`, is given; if `n_images` is below 1.
     SpecMismatch
         If the stores, the concepts, the SAE or the backbone do not belong together, or `out` holds something else.
     """
@@ -261,6 +262,7 @@ def _write_maps(
 ) -> MapResult:
     active = None
     if concepts is not None:
+        check_n_images(n_images)
         require_same_sae(concepts, sources)
     if query is not None and concepts is not None:
         active = latents_of_patch(subject.tokens, query, concepts, subject.layout)

@@ -133,6 +133,12 @@ def reference_rows(
     ]
 
 
+def check_n_images(n_images: int) -> None:
+    """Raises BadInput if so many reference images cannot be shown."""
+    if n_images < 1:
+        raise BadInput(f"n_images must be at least 1; found {n_images}")
+
+
 def unseen(rows: Sequence[FrameRow]) -> list[str]:
     """The images of a figure that cannot be shown, each with the reason."""
     return [

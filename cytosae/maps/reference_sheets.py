@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from cytosae.concepts import read_selection
 from cytosae.stage_one import StageOne
+from stores.activation_store import one_or_more
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput
 from stores.notebook import figure_html
@@ -24,6 +25,7 @@ from .reference_images import (
     Sources,
     as_concepts,
     as_sources,
+    check_n_images,
     reference_rows,
     require_same_sae,
     unseen,
@@ -104,15 +106,18 @@ def write_sheets(
     Raises
     ------
     BadInput
-        If no latent is given, there is no such latent or dataset, or an image is in none of the stores.
+        If no latent is given, there is no such latent or dataset, an image is in none of the stores, or `n_images` is
+        below 1.
     SpecMismatch
         If the concepts are of another SAE, or `out` holds something else.
     """
     out, concepts, sources = Path(out), as_concepts(concepts), as_sources(stores, stage_one, roots)
     style = style or Style()
+    check_n_images(n_images)
     require_same_sae(concepts, sources)
     latents = (*latents, *(read_selection(concepts).latents if selected else ()))
-    latents, datasets = list(dict.fromkeys(latents)), list(dict.fromkeys(datasets)) or concepts.datasets
+    latents = list(dict.fromkeys(latents))
+    datasets = list(dict.fromkeys(map(str, one_or_more(datasets)))) or concepts.datasets
     if not latents:
         raise BadInput("no latent to draw a sheet of; name some with --latent, or draw a sample: cyto concept select")
     for latent in latents:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cytosae.barcodes import IMAGE_COLUMNS, PATIENT_COLUMNS
+from stores.activation_store import one_or_more
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput
 from stores.spec import as_floats, check_choice
@@ -48,6 +49,7 @@ class UnitConfig:
 
     def __post_init__(self) -> None:
         check_choice("level", self.level, LEVELS)
+        object.__setattr__(self, "classes", tuple(one_or_more(self.classes)))
         for name in ("min_images", "max_images"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1; found {getattr(self, name)}")

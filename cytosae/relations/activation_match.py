@@ -27,6 +27,7 @@ from scipy.stats import false_discovery_control
 
 from cytosae.barcodes import IMAGE_COLUMNS
 from cytosae.sae import pair_cosines, read_decoder
+from stores.activation_store import one_or_more
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, SpecMismatch
 from stores.holdout import read_image_ids
@@ -71,6 +72,7 @@ class MatchConfig:
 
     def __post_init__(self) -> None:
         check_choice("by", self.by, BY)
+        object.__setattr__(self, "strata", tuple(one_or_more(self.strata)))
         least = {"n_images": 4, "per_stratum": 2, "min_images": 1, "n_permutations": 1, "seed": 0}
         for name, number in least.items():
             if getattr(self, name) < number:

@@ -71,7 +71,7 @@ def evaluate(
     SpecMismatch
         If the SAE was trained on another kind of tokens, or does not say on which.
     BadInput
-        If there is no readable image, or the SAE's numbers become NaN or infinite.
+        If there is no readable image, the SAE's numbers become NaN or infinite, or a number is below 1.
     DamagedStore
         If a token of a readable image is NaN or infinite; the message names it.
     """
@@ -87,6 +87,8 @@ def evaluate(
     check_choice("loss", loss, LOSSES)
     if dead_window < 1:
         raise BadInput(f"the window of dead latents must be at least 1 token; found {dead_window:,}")
+    if micro_batch is not None and micro_batch < 1:
+        raise BadInput(f"micro_batch must be at least 1; found {micro_batch}")
     positions = chosen_tokens(token_set, store.spec.layout, f"the tokens of {cache}")
     per_image, chosen = len(positions), slice(positions.start, positions.stop)
     is_readable = store.readable()

@@ -126,6 +126,24 @@ def test_a_single_path_is_not_read_letter_by_letter(made: Path, tmp_path: Path) 
     assert sources.roots == [made]
 
 
+def test_a_single_column_is_not_read_letter_by_letter(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
+    """Where several names may be given, the text of one will do."""
+    assert cytosae.CompareConfig(a="A", b="B", adjust="label").adjust == ("label",)  # type: ignore[arg-type]
+    assert cytosae.MatchConfig(strata="label").strata == ("label",)  # type: ignore[arg-type]
+    assert cytosae.UnitConfig(classes="AML").classes == ("AML",)  # type: ignore[arg-type]
+    latents, bridge, dataset = made / "latents.zarr", cytocache.bridge, concepts.datasets[0]
+    done = cytosae.write_sheets(concepts, latents, tmp_path / "s", latents=[1], datasets=dataset, stage_one=bridge)
+    assert done.n_latents == 1
+
+
+def test_no_reference_image(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
+    """A figure of nothing is refused, as the command refuses it."""
+    latents, bridge = made / "latents.zarr", cytocache.bridge
+    for n_images in (0, -1):
+        with pytest.raises(BadInput, match=f"n_images must be at least 1; found {n_images}"):
+            cytosae.write_sheets(concepts, latents, tmp_path / "s", latents=[1], n_images=n_images, stage_one=bridge)
+
+
 def test_shares_of_another_grid(made: Path, tmp_path: Path) -> None:
     """Four times the patches are not four classes."""
     for shape in ((32, 32), (2, 16, 16), (16,)):

@@ -312,6 +312,9 @@ def test_what_does_not_fit_or_is_not_there_is_refused(small: Path, tmp_path: Pat
         evaluate(alone, write_sae(tmp_path / "run", alone, n_latents=4), token_set="patch")
     with pytest.raises(BadInput, match="the window of dead latents must be at least 1 token; found 0"):
         evaluate(small / "acts.zarr", small / "run", dead_window=0)
+    for found in (0, -1):
+        with pytest.raises(BadInput, match=f"micro_batch must be at least 1; found {found}"):
+            evaluate(small / "acts.zarr", small / "run", micro_batch=found)
     with pytest.raises(BadInput, match="token_set must be one of all, patch, cls, register; found 'CLS'"):
         evaluate(small / "acts.zarr", small / "run", token_set="CLS")
 
