@@ -13,6 +13,7 @@ from cytosae.sae import SparseAutoencoder, make_config
 from cytosae.training import Objective, loss_and_gradients
 from cytosae.training import train as train_module
 from cytosae.training.dead_latents import indices_of
+from cytosae.training.dead_passes import exp_plainly, padded
 from cytosae.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,6 +36,16 @@ class Nonzero(TorchDispatchMode):
 def test_indices_without_waiting_are_those_of_nonzero(n: int, share: float) -> None:
     flags = torch.rand(n, generator=torch.Generator().manual_seed(n)) < share
     assert torch.equal(indices_of(flags, int(flags.sum())), flags.nonzero().squeeze(1))
+
+
+def test_columns_behind_the_dead_latents_are_zero() -> None:
+    """As on a GPU, where their matrix is widened: the values stay in the columns of their latents."""
+    p_BN = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+    found = exp_plainly(p_BN, torch.tensor([0, 2]), torch.float32, n_columns=5)
+    assert torch.equal(found[:, :2], p_BN[:, [0, 2]].exp())
+    assert torch.equal(found[:, 2:], torch.zeros(2, 3))
+    assert torch.equal(padded(p_BN, 4), torch.tensor([[0.0, 1.0, 2.0, 0.0], [3.0, 4.0, 5.0, 0.0]]))
+    assert padded(p_BN, 3) is p_BN
 
 
 @pytest.mark.parametrize("most", [0, 2, 5])
