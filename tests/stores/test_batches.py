@@ -134,6 +134,19 @@ def test_pools_are_made_of_parts_of_chunks(tmp_path: Path) -> None:
         assert taken(stream, len(wanted), batch_tokens=50) == wanted
 
 
+def test_caches_of_one_chunk_are_parts_of_their_own(tmp_path: Path) -> None:
+    """The last chunk of a cache and the first one of the next have the same number here."""
+    caches = [
+        write_cache(tmp_path / "a.zarr", tagged(0, 5, 4), chunk_images=20),
+        write_cache(tmp_path / "b.zarr", tagged(1, 3, 4), chunk_images=3),
+    ]
+    parts = [[(0, image) for image in range(5)], [(1, image) for image in range(3)]]
+    for pool_chunks in (1, 2):
+        stream = TokenStream(open_caches(caches), pool_chunks=pool_chunks, seed=4)
+        wanted = [tag for epoch in range(3) for tag in twin(parts, 4, pool_chunks, 4, epoch)]
+        assert taken(stream, len(wanted), batch_tokens=16) == wanted
+
+
 def test_a_cache_sorted_by_class_is_mixed(tmp_path: Path) -> None:
     """8 classes of 64 images in stretches; a pool of a quarter of them has nearly all, where whole chunks have 2."""
     root = write_cache(tmp_path / "a.zarr", tagged(0, 512, 2), chunk_images=64)
