@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_variants import BANDWIDTH, L1, K, make_model
 
-from cytosae.sae import LOSSES, SparseAutoencoder, keep_top_k_
+from cytosae.sae import LOSSES, SparseAutoencoder, keep_top_k_, replace_least
 from cytosae.sae.config import ACTIVATIONS
 from cytosae.training import BatchLosses, Objective, loss_and_gradients
 from stores.errors import BadInput
@@ -237,6 +237,19 @@ def test_the_k_largest_stay_and_the_first_of_equals(seed: int, n: int, width: in
         best = sorted(range(width), key=lambda i: (-row[i], i))[:k]
         assert [i for i in range(width) if kept[i] > 0] == sorted(i for i in best if row[i] > 0)
         assert all(kept[i] == row[i] for i in range(width) if kept[i] > 0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 9))
+def test_a_heap_keeps_the_largest_and_nothing_beside_it_is_read(seed: int, size: int) -> None:
+    """Without compilation, where an index behind the end is an error; compiled, it reads what lies there."""
+    values = np.random.default_rng(seed).integers(0, 12, 30).tolist()
+    heap = np.full(size, -1)
+    for value in values:
+        if value > heap[0]:
+            replace_least.py_func(heap, value)
+        assert heap[0] == heap.min()
+    assert sorted(heap.tolist()) == sorted(values)[-size:]
 
 
 @pytest.mark.parametrize(("activation", "k"), [("topk", None), ("topk", 0), ("batchtopk", 41), ("tanh", None)])
