@@ -11,6 +11,7 @@ A draw weights images by how often their group (patient, or image) was drawn. Ro
 Twin with one loop per draw: tests/cytosae/baselines/.
 """
 
+import math
 from typing import Any
 
 import numba
@@ -26,6 +27,15 @@ METRICS = (
     "label_purity_by_chance",
     "label_purity_above_chance",
 )
+# the least and the largest value that there can be: no limit of an interval lies beyond
+POSSIBLE = {
+    "explained_variance": (-math.inf, 1.0),
+    "l0": (0.0, math.inf),
+    "dead_share": (0.0, 1.0),
+    "label_purity": (0.0, 1.0),
+    "label_purity_by_chance": (0.0, 1.0),
+    "label_purity_above_chance": (-1.0, 1.0),
+}
 PURITIES = ("label_purity", "label_purity_by_chance", "label_purity_above_chance")
 SHUFFLES = 20
 

@@ -39,7 +39,7 @@ from stores.token_sets import chosen_tokens
 from . import costs
 from .config import VersusConfig
 from .figures import plot_differences
-from .figures_of_draws import METRICS, PURITIES, SHUFFLES, figures_of_draws, purity_without
+from .figures_of_draws import METRICS, POSSIBLE, PURITIES, SHUFFLES, figures_of_draws, purity_without
 from .measure import Floats, ImageSums, Ints, measure_images
 from .reference import kind_of
 from .report import VersusResult, lead_not_of_learning
@@ -393,6 +393,8 @@ def _row(member: _Member, found: dict[str, Floats], without: dict[str, Floats], 
             low, high = interval_without(values[0], without[metric])
         else:
             low, high = interval_of_draws(values[0], values[1:], n_groups, is_moved=metric in MOVED)
+        if low is not None and high is not None:
+            low, high = (float(limit) for limit in np.clip((low, high), *POSSIBLE[metric]))
         row |= {metric: _plain(values[0]), f"{metric}_low": low, f"{metric}_high": high}
     return row
 

@@ -6,6 +6,7 @@ none is a matter of what counts (a lead that `random` has as well does not), not
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from token_caches import write_cache
 
 from cytosae.baselines import KINDS, BaselineConfig, VersusConfig, VersusResult, compare_with_baselines, write_baseline
 from cytosae.baselines import versus as module
-from cytosae.baselines.figures_of_draws import METRICS, figures_of_draws
+from cytosae.baselines.figures_of_draws import METRICS, PURITIES, figures_of_draws
 from cytosae.baselines.measure import ImageSums, measure_images
 from cytosae.baselines.report import doubts_of
 from cytosae.training.evaluate import evaluate
@@ -314,3 +315,20 @@ def test_results_name_every_metric(runs: dict[str, Path], tmp_path: Path) -> Non
     (dead,) = (row for row in found.differences if row["metric"] == "dead_share")
     assert dead["is_better"] is None
     assert dead["low"] <= dead["difference"] <= dead["high"]
+
+
+def test_no_limit_lies_beyond_what_a_figure_can_be() -> None:
+    """A share of dead latents of 0, larger in the draws, had a lower limit below 0."""
+    member: Any = SimpleNamespace(
+        run=Path("a"), kind="sae", sha256="0" * 64, header=SimpleNamespace(spec={"n_latents": 4})
+    )
+    draws = np.array([-0.2, -0.1, 0.1, 0.2])
+    observed = {"explained_variance": 0.95, "l0": 0.1, "dead_share": 0.0, "label_purity": 0.95}
+    figures = {metric: np.array([value, *(value + draws)]) for metric, value in observed.items()}
+    figures |= {metric: np.full(5, 0.5) for metric in METRICS if metric not in observed}
+    row = module._row(member, figures, {metric: figures[metric] for metric in PURITIES}, 5)
+    assert (row["dead_share_low"], row["l0_low"]) == (0, 0)
+    assert (row["explained_variance_high"], row["label_purity_high"]) == (1, 1)
+    for metric in METRICS:
+        assert row[f"{metric}_low"] <= row[metric] <= row[f"{metric}_high"]
+    assert row["dead_share_high"] > 0.2
