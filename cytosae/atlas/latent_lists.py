@@ -46,13 +46,24 @@ def n_others(cohort: Cohort, number: int) -> int:
 
 def unusual_of(cohort: Cohort, number: int, row: Row) -> list[dict[str, Any]] | None:
     """`unusual` of a patient of the cohort; None where it cannot be asked (few others, or barcodes are sums)."""
+    compared = _compared(cohort, number, row)
+    return None if compared is None else unusual(*compared, int(cohort.n_images[number]))
+
+
+def n_asked(cohort: Cohort, number: int, row: Row) -> int:
+    """Among how many latents `unusual_of` looks: those above 0 in the patient or in the others; 0 where it cannot."""
+    compared = _compared(cohort, number, row)
+    return 0 if compared is None else int(((compared[0] > 0) | (compared[1].mean > 0)).sum())
+
+
+def _compared(cohort: Cohort, number: int, row: Row) -> tuple[Floats, Others] | None:
+    """The patient's barcode, and the others of its disease and dataset."""
     is_mean = cohort.barcodes.header.spec["normalize"] == "images"  # the other way grows with the number of images
     if not is_mean or n_others(cohort, number) < LEAST_OTHERS:
         return None
     barcode = np.zeros(cohort.n_latents)
     barcode[row.latents] = row.values
-    others = cohort.groups.others(int(cohort.peers_of[number]), barcode)
-    return unusual(barcode, others, int(cohort.n_images[number]))
+    return barcode, cohort.groups.others(int(cohort.peers_of[number]), barcode)
 
 
 def distinct(latents: Sequence[int], vectors: npt.NDArray[np.float32], most: int) -> dict[int, list[int]]:

@@ -15,7 +15,7 @@ from .cell_types import LEAST_CELLS
 from .cohort import Cohort, Ints, Row
 from .drawings import Columns, barcode_columns, barcode_picture, composition_picture
 from .frames import Frames
-from .latent_lists import n_others
+from .latent_lists import n_asked, n_others
 from .odd_cells import OddCell
 from .site import Site, whole
 
@@ -57,7 +57,8 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
             before=number - 1 if number else None,
             after=number + 1 if number + 1 < cohort.n_patients else None,
             n_active=len(row.latents),
-            z_by_chance=z_by_chance(len(row.latents)),
+            n_asked=n_asked(cohort, number, row),
+            z_by_chance=z_by_chance(n_asked(cohort, number, row)),
             against=_against(cohort, number),
             barcode=barcode_picture(
                 columns, (row.latents, row.values), _mean_of_others(cohort, number, row), cohort.log_k

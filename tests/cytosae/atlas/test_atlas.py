@@ -11,6 +11,7 @@ import shutil
 import stat
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,10 @@ from cytocache.pictures import Pictures
 from cytosae.atlas import AtlasConfig
 from cytosae.atlas import cohort as atlas_cohort
 from cytosae.atlas.build import _of_each_tenth
-from cytosae.atlas.cohort import Groups
+from cytosae.atlas.cohort import Groups, Row
 from cytosae.atlas.examples import BIN_EDGES
 from cytosae.atlas.inputs import open_inputs
-from cytosae.atlas.latent_lists import unusual
+from cytosae.atlas.latent_lists import n_asked, unusual
 from cytosae.atlas.pictures import jpeg
 from cytosae.atlas.pseudonyms import hide_order
 from cytosae.atlas.site import script_data
@@ -392,6 +393,12 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
     found = unusual(mine, groups.others(0, mine), IMAGES_PER_PATIENT)
     largest = sorted(z[z != 0], key=abs, reverse=True)[:12]
     assert [one["z"] for one in found] == pytest.approx(largest, abs=1e-5)
+    header: Any = SimpleNamespace(spec={"normalize": "images"})
+    alone: Any = SimpleNamespace(barcodes=SimpleNamespace(header=header), groups=groups, n_latents=N_LATENTS)
+    alone.peers_of, alone.disease_of = [0], [0]
+    row = Row(np.flatnonzero(mine), mine[mine > 0])
+    asked = [latent for latent in range(N_LATENTS) if mine[latent] > 0 or any(other[latent] > 0 for other in others)]
+    assert n_asked(alone, 0, row) == len(asked) > len(row.latents)  # also what the patient lacks can be unusual
     few = page_of(atlas, PATIENTS[-1])  # of five controls
     assert "it needs a disease and 5 other patients with it in the dataset; here are" in " ".join(few.text.split())
 
