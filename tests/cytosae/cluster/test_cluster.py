@@ -70,8 +70,8 @@ sys.meta_path.insert(0, Absent())
 """
 OTHER_NUMPY = """
 import importlib.metadata as metadata
-inner = metadata.version
-metadata.version = lambda name: "1.99.9" if name == "numpy" else inner(name)
+of_package = metadata.version  # no name of HOLD, and before it, which imports what reads versions
+metadata.version = lambda name: "1.99.9" if name == "numpy" else of_package(name)
 """
 
 
@@ -338,7 +338,7 @@ def test_a_worker_that_comes_later_without_the_package_does_no_harm(dask: Dask, 
             r"no worker is left, and the worker at \S+ ended soon after it came, as one does that lacks cyto"
             r"|the worker at \S+ cannot import cyto",  # if it was asked before it ended
         ),
-        (HOLD + OTHER_NUMPY, r"the worker at \S+ has numpy 1.99.9, this command"),
+        (OTHER_NUMPY + HOLD, r"the worker at \S+ has numpy 1.99.9, this command"),
     ],
     ids=["ends at once", "stays"],
 )
