@@ -37,7 +37,7 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
     for n_done, (number, row) in enumerate(cohort.rows(), start=1):
         if most is not None and n_done > most:
             return
-        peers = _peers(cohort, number)
+        peers, n_compared = _peers(cohort, number), n_asked(cohort, number, row)
         cells = frames.choice.patients[number]
         shares = composition_picture(composition, np.array([number]), peers)
         site.page(
@@ -57,8 +57,8 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
             before=number - 1 if number else None,
             after=number + 1 if number + 1 < cohort.n_patients else None,
             n_active=len(row.latents),
-            n_asked=n_asked(cohort, number, row),
-            z_by_chance=z_by_chance(n_asked(cohort, number, row)),
+            n_asked=n_compared,
+            z_by_chance=z_by_chance(n_compared),
             against=_against(cohort, number),
             barcode=barcode_picture(
                 columns, (row.latents, row.values), _mean_of_others(cohort, number, row), cohort.log_k

@@ -136,28 +136,22 @@ def write_stability(
     }
     scale_warnings = sorted(warning for warning in scale if warning is not None)
     n_without = [int((~each.has_direction).sum()) for each in decoders]
-    if writer.is_complete:
-        found = ResultStore(out, STABILITY).table("pairs").to_pylist()
-        return StabilityResult(
-            out=out,
-            saes=tuple(saes),
-            pairs=found,
-            n_without_direction=n_without,
-            was_complete=True,
-            warnings=(*scale_warnings, *_warnings(saes, found)),
-        )
-    matches, rows, null_cosines = _match_all(decoders, chosen, pairs_of, seed, progress)
-    writer.write_table("pairs", pa.Table.from_pylist(rows))
-    writer.write_table("matches", _match_table(pairs_of, matches, chosen))
-    writer.write_table("stability", _latent_table(decoders, pairs_of, matches, chosen))
-    plot_stability([each.cosine for each in matches], null_cosines, writer.root / "stability")
-    writer.finish({"saes": [sae.name for sae in saes], "n_without_direction": n_without})
+    was_complete = writer.is_complete
+    if was_complete:
+        rows = ResultStore(out, STABILITY).table("pairs").to_pylist()
+    else:
+        matches, rows, null_cosines = _match_all(decoders, chosen, pairs_of, seed, progress)
+        writer.write_table("pairs", pa.Table.from_pylist(rows))
+        writer.write_table("matches", _match_table(pairs_of, matches, chosen))
+        writer.write_table("stability", _latent_table(decoders, pairs_of, matches, chosen))
+        plot_stability([each.cosine for each in matches], null_cosines, writer.root / "stability")
+        writer.finish({"saes": [sae.name for sae in saes], "n_without_direction": n_without})
     return StabilityResult(
         out=out,
         saes=tuple(saes),
         pairs=rows,
         n_without_direction=n_without,
-        was_complete=False,
+        was_complete=was_complete,
         warnings=(*scale_warnings, *_warnings(saes, rows)),
     )
 

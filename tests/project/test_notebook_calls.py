@@ -128,9 +128,10 @@ def test_a_single_path_is_not_read_letter_by_letter(made: Path, tmp_path: Path) 
 
 def test_a_single_column_is_not_read_letter_by_letter(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
     """Where several names may be given, the text of one will do."""
-    assert cytosae.CompareConfig(a="A", b="B", adjust="label").adjust == ("label",)  # type: ignore[arg-type]
-    assert cytosae.MatchConfig(strata="label").strata == ("label",)  # type: ignore[arg-type]
-    assert cytosae.UnitConfig(classes="AML").classes == ("AML",)  # type: ignore[arg-type]
+    one: Any = "label"
+    assert cytosae.CompareConfig(a="A", b="B", adjust=one).adjust == ("label",)
+    assert cytosae.MatchConfig(strata=one).strata == ("label",)
+    assert cytosae.UnitConfig(classes=one).classes == ("label",)
     latents, bridge, dataset = made / "latents.zarr", cytocache.bridge, concepts.datasets[0]
     done = cytosae.write_sheets(concepts, latents, tmp_path / "s", latents=[1], datasets=dataset, stage_one=bridge)
     assert done.n_latents == 1

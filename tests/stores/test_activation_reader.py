@@ -266,10 +266,11 @@ def test_what_no_cache_holds_is_refused(place: Path | str) -> None:
     for start, stop in ((-1, 2), (2, 1), (0, 12), (12, 12)):
         with pytest.raises(IndexError, match=rf"images {start} to {stop} outside 0\.\.11"):
             store.read_rows(start, stop)
+    fraction: Any = 1.5
     with pytest.raises(TypeError):
-        store.read_rows(0, 1.5)  # type: ignore[arg-type]
+        store.read_rows(0, fraction)
     with pytest.raises(TypeError):
-        store.read_chunk(1.5)  # type: ignore[arg-type]
+        store.read_chunk(fraction)
     with pytest.raises(BadInput, match="no cache is given"):
         TokenStream([])
     for batch, position in ((0, 0), (-1, 0), (5, -1)):
