@@ -225,8 +225,9 @@ def write_cache(
     )
     writer = ActivationWriter(root, spec, table)
     for chunk, tokens in enumerate(blocks):
-        n_rows = len(spec.chunk_rows(chunk))
-        writer.write_chunk(chunk, tokens, ["0" * 64] * n_rows, [None] * n_rows)
+        rows = spec.chunk_rows(chunk)
+        hashes = [f"{row:064x}" for row in rows]  # images with one hash are one image: held out would be none
+        writer.write_chunk(chunk, tokens, hashes, [None] * len(rows))
     writer.finish()
 
 
