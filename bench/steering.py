@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import add_folder, arguments, emit, now, say, scratch, write_cache
+from common import TOKENS_PER_IMAGE, add_folder, arguments, emit, now, say, scratch, write_cache
 
 from cytosae import train
 from cytosae.sae import TrainConfig
@@ -110,12 +110,12 @@ def _planted(root: Path, n_images: int, width: int, per_token: int = 8) -> Path:
     rng = np.random.default_rng(0)
     atoms = rng.normal(size=(8 * width, width))
     atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
-    tokens = np.empty((n_images, 64, width), np.float16)
+    tokens = np.empty((n_images, TOKENS_PER_IMAGE, width), np.float16)
     for image in range(n_images):
-        amounts = np.zeros((64, len(atoms)))
+        amounts = np.zeros((TOKENS_PER_IMAGE, len(atoms)))
         chosen = rng.random(amounts.shape).argsort(axis=1)[:, :per_token]
         np.put_along_axis(amounts, chosen, rng.uniform(0.5, 1.5, chosen.shape), axis=1)
-        tokens[image] = 0.5 + amounts @ atoms + 0.02 * rng.normal(size=(64, width))
+        tokens[image] = 0.5 + amounts @ atoms + 0.02 * rng.normal(size=(TOKENS_PER_IMAGE, width))
     write_cache(root, iter([tokens]), n_images=n_images, width=width, chunk_images=n_images)
     return root
 
