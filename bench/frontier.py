@@ -178,10 +178,11 @@ def _ours(folder: Path, cache: Path, job: Row, factor: float) -> Row:
         "log_every": 100,
     }
     settings |= job["changes"]
-    config = make_config(options={name: value for name, value in settings.items() if value is not None})
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = make_config(options=given)
     if config.loss == "normed" and method not in BY_K and not job["steered"]:  # the penalty in the unit of this loss
         norm = float(np.load(folder / "norm.npy"))
-        config = make_config(options={**settings, "l1": settings["l1"] / (norm * load_width(folder))} | {"k": config.k})
+        config = make_config(options=given | {"l1": given["l1"] / (norm * load_width(folder))})
     began = time.perf_counter()
     train([cache], run, config, overwrite=True, checkpoint_every=10**9)
     seconds = time.perf_counter() - began
