@@ -226,7 +226,7 @@ def write_cache(
     writer = ActivationWriter(root, spec, table)
     for chunk, tokens in enumerate(blocks):
         rows = spec.chunk_rows(chunk)
-        hashes = [f"{row:064x}" for row in rows]  # images with one hash are one image: held out would be none
+        hashes: list[str | None] = [f"{row:064x}" for row in rows]  # of one hash, none is held out
         writer.write_chunk(chunk, tokens, hashes, [None] * len(rows))
     writer.finish()
 
