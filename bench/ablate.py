@@ -155,9 +155,10 @@ def write_stores(folder: Path, options: Any) -> int:
     )
     writer, rng = ActivationWriter(folder / "acts.zarr", spec, table), np.random.default_rng(0)
     for chunk in range(spec.n_chunks):
-        n_rows = len(spec.chunk_rows(chunk))
-        tokens = rng.standard_normal((n_rows, options.tokens, options.width), np.float32).astype(np.float16)
-        writer.write_chunk(chunk, tokens, ["0" * 64] * n_rows, [None] * n_rows)
+        rows = spec.chunk_rows(chunk)
+        tokens = rng.standard_normal((len(rows), options.tokens, options.width), np.float32).astype(np.float16)
+        hashes: list[str | None] = [f"{row:064x}" for row in rows]  # of one hash, all but the first would be copies
+        writer.write_chunk(chunk, tokens, hashes, [None] * len(rows))
     writer.finish()
     store = ActivationStore(folder / "acts.zarr")
 

@@ -29,9 +29,9 @@ TINY = {
     "probe": "--units 40 --latents 200 --direct 1 --rounds 1",
     "score": "--images 120 --latents 60 --classes 2 --width 8 --loop-latents 2",
     "frontier": "--images 10 --width 16 --expansion 4 --sparsities 3 --steps 6 --batch 257 --seeds 0 --lr 1e-3",
-    "steering": "--activations relu --targets 3 --expansion 2 --steps 6 --batch-tokens 64 --images 8 --width 16",
+    "steering": "--activations relu --targets 16 --expansion 2 --steps 6 --batch-tokens 64 --images 8 --width 16",
     "tau": "--planted 60 --tokens 4000 --seeds 1 --cohorts 1 --rounds 1",
-    "ablate": "--images 12 --tokens 5 --width 16 --latents 64 --l0 4 --chosen 1 --controls 3 --n-images 2 "
+    "ablate": "--images 24 --tokens 17 --width 16 --latents 64 --l0 4 --chosen 1 --controls 3 --n-images 2 "
     "--loop-edits 2",
     "background": "--cells 16",
     "barcode": "--share 0.00003 --latents 1024 --l0 5 --rounds 1 --workers 1",
