@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -123,14 +123,6 @@ NEITHER = {"cache info", "sae info", "latents info", "concept top", "atlas agree
 NEITHER |= {"barcode export", "compare replicate"}  # nobody has tried these
 
 
-def marked(cases: Iterable[Any]) -> list[Any]:
-    """Those that need a cohort, whose making takes long, are slow; the others stand for them in the quick group."""
-    marks = {True: [pytest.mark.slow], False: []}
-    return [
-        pytest.param(*([case] if isinstance(case, str) else case), marks=marks["cohort" in str(case)]) for case in cases
-    ]
-
-
 @pytest.fixture(scope="module")
 def chain(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the commands above are given; read-only: each test has a copy."""
@@ -219,7 +211,7 @@ def test_no_command_is_forgotten() -> None:
     assert [name for name, _ in commands() if not any(f"{line} ".startswith(f"{name} ") for line in listed)] == []
 
 
-@pytest.mark.parametrize("line", marked(WRITING))
+@pytest.mark.parametrize("line", WRITING)
 def test_the_second_of_two_is_told(line: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one line, and exits with 1; it changes nothing, and the first ends as if it were alone."""
     place = {"claim": r"\..*\.lock|\.cyto\.lock", "writer": r"writer-.*\.lock", "finish": r"finish\.lock"}[
@@ -272,9 +264,7 @@ def test_the_second_of_two_is_told(line: str, here: Path, monkeypatch: pytest.Mo
         assert verify(made).problems == []
 
 
-@pytest.mark.parametrize(
-    ("line", "store"), marked((line, store) for line, stores in READING.items() for store in stores)
-)
+@pytest.mark.parametrize(("line", "store"), [(line, store) for line, stores in READING.items() for store in stores])
 def test_a_store_is_exchanged_under_its_reader(
     line: str, store: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

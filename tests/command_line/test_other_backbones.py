@@ -55,7 +55,6 @@ POSITIONS = {
     "DeiT, distilled": ([0], [], range(2, 18)),
 }
 DRAWN = "DINOv2 with registers"  # the family whose figures are drawn: drawing takes longer than all else
-RARE = ("registers, no CLS", "DeiT, distilled")
 SIZES = [(64, 64), (64, 64), (96, 60), (60, 110), (64, 64), (64, 64)]  # height, width
 TAU = 0.1
 
@@ -111,7 +110,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.slow] if name in RARE else []) for name in FAMILIES],
+    params=FAMILIES,
 )
 def chain(
     request: pytest.FixtureRequest, images: Path, client: Client, tmp_path_factory: pytest.TempPathFactory

@@ -731,11 +731,20 @@ def test_thousands_of_changed_headers(tmp_path: Path) -> None:
     """Within 12 GiB of addresses: no number in a header makes a reader allocate what is not there."""
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))\n"
-        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
         "from pathlib import Path; from test_fuzz import read_mutants\n"
         "print(read_mutants(Path(sys.argv[1]), 3000, seed=1)[1])"
     )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), str(ROOT / "tests" / "support")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        code,
+        str(tmp_path),
+        str(Path(__file__).parent),
+        str(ROOT / "tests" / "support"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 2000

@@ -167,21 +167,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[int], bool | None]] = {
 }
 
 
-# like others, and for the slow group
-ALIKE = {
-    "missing folder",
-    "truncated file",
-    "trailing byte",
-    "flipped bit in the checksum",
-    "empty journal",
-    "one hash",
-}
-ALIKE |= {"another first image", "no chunk at all", "a line twice", "garbled table", "no table", "other errors"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in DAMAGES]
-)
+@pytest.mark.parametrize("name", DAMAGES)
 @pytest.mark.stress
 def test_after_any_damage_the_store_is_what_it_was(name: str, made: Path, store: Path) -> None:
     """Only the damaged chunks are made again; the others are not touched."""

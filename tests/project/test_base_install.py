@@ -63,7 +63,7 @@ def cyto(folder: Path, environment: dict[str, str], *arguments: object) -> subpr
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow  # compiles and starts a cluster; tests/project/test_imports.py guards the imports in every run
+@pytest.mark.stress  # compiles and starts a cluster; tests/project/test_imports.py guards the imports in every run
 def test_what_is_behind_latents_runs(tmp_path: Path, without_torch: dict[str, str]) -> None:
     """Latents to barcodes to a page, in processes that cannot import torch."""
     rng = np.random.default_rng(0)

@@ -41,7 +41,7 @@ TINY = {
 KEYS = {"bench", "ratio", "target", "ours", "baseline", "params", "machine"}
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.parametrize("name", TINY)
 def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
     in_folder = (
@@ -79,7 +79,7 @@ def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
     assert {"cpu", "cores", "torch", "zarr", "python", "device", "date"} <= found["machine"].keys()
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_run_all_goes_on_and_names_what_failed(tmp_path: Path) -> None:
     for name, body in {"cli_help": "raise SystemExit('no')", "loader": "print('{}')"}.items():
         (tmp_path / f"{name}.py").write_text(body)

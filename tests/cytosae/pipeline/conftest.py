@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from small_runs import draw_cohort, one_cluster, run_small
+from threadpoolctl import threadpool_limits
 
 
 @pytest.fixture(scope="package")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; read-only: see `copied`."""
+    """A finished run, on one thread, since last bits depend on their number; read-only: see `copied`."""
     root = tmp_path_factory.mktemp("run")
     before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch, one_cluster():
+    with pytest.MonkeyPatch.context() as patch, one_cluster(), threadpool_limits(1):
         patch.setattr(os, "fsync", lambda descriptor: None)
         torch.set_num_threads(1)
         run_small(draw_cohort(root / "out"), root / "out")

@@ -187,7 +187,7 @@ def kinds_of(out: Path) -> list[str]:
     return list(json.loads((out / "stages.json").read_text())["stages"])
 
 
-@pytest.mark.slow  # a minute: processes that are killed, and their cluster
+@pytest.mark.stress
 def test_killed_and_continued_is_the_same(finished: Path, tmp_path: Path) -> None:
     """SIGKILL in the extraction, in the training and while barcodes are counted."""
     out = tmp_path / "out"
@@ -196,7 +196,7 @@ def test_killed_and_continued_is_the_same(finished: Path, tmp_path: Path) -> Non
         shutil.copy(finished / name, out / name)
     code = "from cyto_start import start; start()"
     command = [sys.executable, "-c", code, "run", str(out / "recipe.toml"), "--device", "cpu", "--workers", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # threads as here, for equal bits
     for sign in ("cells.acts.zarr", "cells.sae", "cells.barcodes", "atlas"):
         process = subprocess.Popen(
             command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
