@@ -245,7 +245,7 @@ def sae_train(
     start = init_settings(init_from) if init_from else None
     config = make_config(preset=preset, config_file=config_file, options=options, start=start)
     _refuse_without_effect(options, config, goes_on=start is not None)
-    with progress_line("train", "token") as progress:
+    with progress_line("train", "token") as progress, progress_line("measure", "image") as measured:
         done = train(
             stores,
             run,
@@ -263,6 +263,7 @@ def sae_train(
             logger=logger,
             say=lambda line: click.echo(line, err=True),
             progress=lambda done, total, metrics: progress(done, total, training_line(metrics)),
+            measure_progress=measured,
         )
     if os.environ.get("RANK", "0") != "0":  # of several processes, which torchrun numbers, the first one speaks
         return

@@ -339,6 +339,7 @@ def _train(context: RunContext, place: str, *, overwrite: bool, seed: int | None
         device=context.device,
         overwrite=overwrite,
         progress=lambda done, total, metrics: context.progress(done, total, training_line(metrics)),
+        measure_progress=lambda done, total, state: context.progress(1, 1, f"{state}: {done:,} of {total:,}"),
     )
 
 

@@ -313,6 +313,7 @@ class _Pass:
         self._saver = Saver(rule.within([member.plan.state_bytes for member in members]))  # one state at a time
         self._live: list[tuple[Record, Training]] = []
         self._is_to_save = False
+        self._n_read = 0  # tokens
 
     def run(self, progress: Callable[[int, str], None]) -> None:
         """Train all of them to their ends; `progress` is called with the tokens read so far.
@@ -325,20 +326,21 @@ class _Pass:
             self._begin(stack)
             try:
                 for record, training in list(self._live):
-                    self._finish_if_over(record, training)
+                    self._finish_if_over(record, training, progress)
                 while self._live:  # members that are behind catch up first: then all share each batch
                     position = min(training.position for _, training in self._live)
                     batches = on_device(stream.batches(batch_tokens, position=position), self._device)
                     while due := [member for member in self._live if member[1].position == position]:
                         tokens = next(batches)
                         for record, training in due:
-                            self._step(record, training, tokens)
+                            self._step(record, training, tokens, progress)
                         self._save_due([member for member in due if member in self._live])
                         if self._is_to_save:
                             self._folder.save()
                             self._is_to_save = False
                         position += batch_tokens
-                        progress(position - first_position(first.config), self._state())
+                        self._n_read = position - first_position(first.config)
+                        progress(self._n_read, self._state())
             except BaseException as error:
                 for _, training in self._live:
                     if is_worth_saving(error, training):
@@ -355,7 +357,9 @@ class _Pass:
             else:
                 self._live.append((member.record, training))
 
-    def _step(self, record: Record, training: Training, tokens: torch.Tensor) -> None:
+    def _step(
+        self, record: Record, training: Training, tokens: torch.Tensor, progress: Callable[[int, str], None]
+    ) -> None:
         began = time.perf_counter()
         try:
             train_step(training, tokens)
@@ -364,7 +368,7 @@ class _Pass:
             return
         finally:
             record.seconds += time.perf_counter() - began
-        self._finish_if_over(record, training)
+        self._finish_if_over(record, training, progress)
 
     def _save_due(self, stepped: list[tuple[Record, Training]]) -> None:
         """Save which is due of those that took a step: by steps all, by time the one that has waited longest."""
@@ -373,13 +377,15 @@ class _Pass:
                 begin_save(training)
                 self._is_to_save = True
 
-    def _finish_if_over(self, record: Record, training: Training) -> None:
+    def _finish_if_over(self, record: Record, training: Training, progress: Callable[[int, str], None]) -> None:
         if not training.is_over:
             return
         # removed first: `finish_training` changes the weights, so they must not be saved as a state any more
         self._live.remove((record, training))
         try:
-            finish_training(training)
+            finish_training(
+                training, lambda done, total, state: progress(self._n_read, f"{state}: {done:,} of {total:,}")
+            )
         except Diverged as error:
             self._fail(record, training, error)
             return

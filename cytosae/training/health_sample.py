@@ -20,6 +20,7 @@ import torch
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae
 from stores.activation_store import ActivationStore
 from stores.files import sha256_json
+from stores.progress import Progress
 from stores.spec import require_unchanged
 from stores.token_sets import chosen_tokens
 
@@ -61,10 +62,20 @@ def caches_sha256(stores: Sequence[ActivationStore]) -> str:
     return hashes[0] if len(hashes) == 1 else sha256_json(hashes)
 
 
-def health_of_run(run: Path, data: TrainingData, config: TrainConfig, *, n_steps: int, device: str) -> Health:
+def health_of_run(
+    run: Path,
+    data: TrainingData,
+    config: TrainConfig,
+    *,
+    n_steps: int,
+    device: str,
+    progress: Progress = lambda done, total, state: None,
+) -> Health:
     """What is kept beside the SAE in `run`; if nothing is, it is measured and kept.
 
     Images that were trained on and held-out ones count, excluded ones do not.
+
+    progress : images that are measured
 
     Raises
     ------
@@ -80,7 +91,7 @@ def health_of_run(run: Path, data: TrainingData, config: TrainConfig, *, n_steps
         return known
     masks = [train | held for train, held in zip(data.chosen.train, data.chosen.held_out, strict=True)]
     most = min(n_steps * config.batch_tokens // SHARE, MOST_TOKENS)
-    measured = measure_sample(sae.model, data.stores, masks, config, most_tokens=most, device=device)
+    measured = measure_sample(sae.model, data.stores, masks, config, most_tokens=most, device=device, progress=progress)
     figures = _Measured(sae_sha256=sae.sha256, cache_sha256=cache_sha256, token_set=config.token_set, **measured)
     health = assess_health(figures, n_images_in_all=sum(int(mask.sum()) for mask in masks), errors=figures.errors)
     require_unchanged(sae.header, *(store.header for store in data.stores))
@@ -97,6 +108,7 @@ def measure_sample(
     *,
     most_tokens: int,
     device: str,
+    progress: Progress = lambda done, total, state: None,
 ) -> dict[str, Any]:
     """Sums over the images in `masks`, or over those of evenly spaced chunks if these have more than `most_tokens`."""
     per_image = len(chosen_tokens(config.token_set, stores[0].spec.layout))
@@ -110,12 +122,14 @@ def measure_sample(
     chunks = [each for each in chunks if each[3]]
     most_images = max(LEAST_IMAGES, most_tokens // per_image)
     drawn = evenly_spaced([n_images for *_, n_images in chunks], most_images)
+    total = sum(chunks[number][3] for number in drawn)
     groups = [_Group.of(sums)]  # the sums after each group of chunks, so that each one can be left out
     for numbers in np.array_split(drawn, min(_GROUPS, len(drawn))):
         for number in numbers:
             store, mask, chunk, _ = chunks[number]
             for _, x_NTD in images_of(store, mask, config.token_set, [chunk], step=step):
                 sums.add(x_NTD.to(device).float())
+                progress(sums.n_images, total, "the health of the SAE")
         groups.append(_Group.of(sums))
     left = 1 - sums.n_images / sum(n_images for *_, n_images in chunks)
     return {

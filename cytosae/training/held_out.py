@@ -4,6 +4,7 @@ Shapes: N images and B tokens of a micro-batch, T chosen tokens of an image, D w
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import torch
 from cytosae.sae import SparseAutoencoder, TrainConfig
 from stores.activation_store import ActivationStore
 from stores.errors import BadInput
+from stores.progress import Progress
 from stores.token_sets import chosen_tokens
 
 from .data import TrainingData
@@ -21,6 +23,7 @@ from .evaluation import plain_values
 from .finite_tokens import check_finite
 from .measured_sums import MeasuredSums, explained_share
 
+_STATE = "the error on held-out images"  # in words, of progress
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix; topk holds two
 _MICRO_BATCH_BYTES_ON_GPU = 1 << 30  # small ones leave a GPU idle
 
@@ -33,15 +36,27 @@ def tokens_at_a_time(model: SparseAutoencoder) -> int:
 
 @torch.no_grad()
 def measure_held_out(
-    model: SparseAutoencoder, data: TrainingData, config: TrainConfig, *, device: str, ranks: Ranks = ALONE
+    model: SparseAutoencoder,
+    data: TrainingData,
+    config: TrainConfig,
+    *,
+    device: str,
+    ranks: Ranks = ALONE,
+    progress: Progress = lambda done, total, state: None,
 ) -> dict[str, float | int | None]:
     """Metrics on the held-out images, by the names of metrics.parquet, of unscaled tokens; None for NaN.
 
     Called on all ranks: each measures on its share of the chunks, and gets the metrics of all.
+
+    progress : images of this rank that are measured
     """
+    part = (ranks.rank, ranks.size)
     sums = MeasuredSums(model, loss=config.loss, step=tokens_at_a_time(model), window_begins=0)
-    for x_NTD in held_out_pieces(data, config, device, step=tokens_at_a_time(model), part=(ranks.rank, ranks.size)):
+    total = sum(each.n_images for each in _held_out_chunks(data, part))
+    for x_NTD in held_out_pieces(data, config, device, step=tokens_at_a_time(model), part=part):
         sums.add(x_NTD.to(device).float())
+        progress(sums.n_images, total, _STATE)
+    progress(total, total, _STATE)  # images that are all background are passed over
     sums.add_other_ranks(ranks)
     if not sums.n_tokens:
         raise BadInput("the held-out images are all background: hold out more, or leave --background out")
@@ -68,24 +83,41 @@ def held_out_pieces(
 
     part : (rank, size): of all chunks with a held-out image, only every `size`-th from number `rank` on
     """
-    keep: Sequence[npt.NDArray[np.bool_] | None] = (
-        data.background.keep if data.background else [None] * len(data.stores)
-    )
-    work = [
-        (store, mask, kept, chunk)
-        for store, mask, kept in zip(data.stores, data.chosen.held_out, keep, strict=True)
-        for chunk in range(store.spec.n_chunks)
-        if mask[store.spec.chunk_rows(chunk).start : store.spec.chunk_rows(chunk).stop].any()
-    ]
 
     def pieces() -> Iterator[torch.Tensor]:
-        for store, mask, kept, chunk in work[part[0] :: part[1]]:
-            for images, x_NTD in images_of(store, mask, config.token_set, [chunk], step=step):
-                yield from [x_NTD] if kept is None else _without_background(x_NTD, kept[images], store, config)
+        for each in _held_out_chunks(data, part):
+            for images, x_NTD in images_of(each.store, each.mask, config.token_set, [each.chunk], step=step):
+                if each.keep is None:
+                    yield x_NTD
+                else:
+                    yield from _without_background(x_NTD, each.keep[images], each.store, config)
 
     if not device.startswith("cuda"):
         return pieces()
     return one_ahead(_together(pieces(), step), lambda x_NTD: lambda: x_NTD)
+
+
+class _Chunk(NamedTuple):
+    """A chunk with held-out images."""
+
+    store: ActivationStore
+    chunk: int
+    mask: npt.NDArray[np.bool_]  # (images of the store,) held out
+    keep: npt.NDArray[np.bool_] | None  # (images of the store, tokens of an image) no background; None: all of them
+    n_images: int  # held out, of this chunk
+
+
+def _held_out_chunks(data: TrainingData, part: tuple[int, int]) -> list[_Chunk]:
+    """Those of `part`, as `held_out_pieces` says."""
+    keep: Sequence[npt.NDArray[np.bool_] | None] = (
+        data.background.keep if data.background else [None] * len(data.stores)
+    )
+    chunks = [
+        _Chunk(store, chunk, mask, kept, int(mask[rows.start : rows.stop].sum()))
+        for store, mask, kept in zip(data.stores, data.chosen.held_out, keep, strict=True)
+        for chunk, rows in enumerate(map(store.spec.chunk_rows, range(store.spec.n_chunks)))
+    ]
+    return [each for each in chunks if each.n_images][part[0] :: part[1]]
 
 
 def _without_background(

@@ -29,6 +29,7 @@ from stores.destination import Output, plan_output
 from stores.devices import device_name, is_out_of_memory, memory_told, resolve_device
 from stores.errors import BadInput, CytoError, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
+from stores.progress import Progress
 from stores.runlog import append_run
 from stores.spec import SAE, Header, find_header, new_header, require_unchanged, write_header
 from stores.tables import parquet_bytes
@@ -63,7 +64,7 @@ from .state import (
 )
 from .triton_ready import require_triton
 
-Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
+TrainProgress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
 
 # weight of the newest batch in the running mean of batchtopk's threshold. A batch keeps k x tokens latents, so its
 # smallest kept value varies little from batch to batch
@@ -101,7 +102,8 @@ def train(
     inputs: tuple[Path, ...] = (),
     logger: str | None = None,
     say: Callable[[str], None] = lambda line: None,
-    progress: Progress = lambda done, total, metrics: None,
+    progress: TrainProgress = lambda done, total, metrics: None,
+    measure_progress: Progress = lambda done, total, state: None,
 ) -> TrainReport:
     """Train an SAE on `caches` and write it to the folder `run`; the same call continues an interrupted run.
 
@@ -126,6 +128,7 @@ def train(
     logger : "tensorboard" or "wandb": also send the metrics there
     say : called with lines of text, on rank 0: the plan before the first step, the expected time after a few
     progress : called after every logged step, on rank 0
+    measure_progress : images that are measured after the last step, first held-out ones, on rank 0
 
     Returns
     -------
@@ -172,7 +175,7 @@ def train(
         )
         if training is None:
             found = load_sae(run, device="cpu").header  # raises DamagedStore if the finished run is damaged
-            return _report(plan, found, device, ranks, warnings, was_complete=True)
+            return _report(plan, found, device, ranks, warnings, was_complete=True, progress=measure_progress)
         if logger is not None and ranks.is_first:
             opened = open_logger(logger, run, plan.header, first_step=training.step)
             training.loggers.append(stack.enter_context(opened))
@@ -202,12 +205,12 @@ def train(
             if is_worth_saving(error, training):
                 save_training(training)
             raise
-        header = finish_training(training)
-    return _report(plan, header, device, ranks, warnings, was_complete=False)
+        header = finish_training(training, measure_progress)
+    return _report(plan, header, device, ranks, warnings, was_complete=False, progress=measure_progress)
 
 
 def train_step(
-    training: "Training", tokens: torch.Tensor, progress: Progress = lambda done, total, metrics: None
+    training: "Training", tokens: torch.Tensor, progress: TrainProgress = lambda done, total, metrics: None
 ) -> None:
     """One step of training, on this rank's slice of a batch.
 
@@ -565,8 +568,10 @@ def is_worth_saving(error: BaseException, training: Training) -> bool:
     return training.is_between_steps
 
 
-def finish_training(training: Training) -> Header:
+def finish_training(training: Training, progress: Progress = lambda done, total, state: None) -> Header:
     """Fold decoder norms and token scale into the weights, measure on held-out images, and write the finished run.
+
+    progress : images that are measured, on rank 0
 
     Raises
     ------
@@ -586,7 +591,9 @@ def finish_training(training: Training) -> Header:
         )
     held_out = None
     if any(mask.any() for mask in data.chosen.held_out):
-        held_out = measure_held_out(model, data, config, device=training.device, ranks=training.ranks)
+        ranks = training.ranks
+        progress = progress if ranks.is_first else lambda done, total, state: None
+        held_out = measure_held_out(model, data, config, device=training.device, ranks=ranks, progress=progress)
     training.ranks.barrier()  # none of them has found a cache changed
     if training.ranks.is_first:
         write_metrics(root, state.metrics)
@@ -619,13 +626,22 @@ def finish_training(training: Training) -> Header:
 
 
 def _report(
-    plan: TrainPlan, header: Header, device: str, ranks: Ranks, warnings: tuple[str, ...], *, was_complete: bool
+    plan: TrainPlan,
+    header: Header,
+    device: str,
+    ranks: Ranks,
+    warnings: tuple[str, ...],
+    *,
+    was_complete: bool,
+    progress: Progress,
 ) -> TrainReport:
     """The finished run, and on rank 0 the health of its SAE; a health that cannot be measured never fails the run."""
     health, reason = None, ""
     try:
         if ranks.is_first:
-            health = health_of_run(plan.run, plan.data, plan.config, n_steps=plan.n_steps, device=device)
+            health = health_of_run(
+                plan.run, plan.data, plan.config, n_steps=plan.n_steps, device=device, progress=progress
+            )
     except (CytoError, OSError) as error:
         reason = str(error)
     return TrainReport(

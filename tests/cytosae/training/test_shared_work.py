@@ -151,6 +151,19 @@ def test_measuring_keeps_no_dense_latents_for_a_gradient(caches: list[Path], mon
     assert not any(seen)
 
 
+def test_what_is_measured_after_the_last_step_shows_progress(caches: list[Path], tmp_path: Path) -> None:
+    """It may take minutes: held-out images, then those for the health, each to the end."""
+    seen: list[tuple[int, int, str]] = []
+    config = held_out_config(0)
+    done = train(caches, tmp_path / "run", config, measure_progress=lambda *given: seen.append(given))
+    parts = {state: [(n, total) for n, total, other in seen if other == state] for _, _, state in seen}
+    assert list(parts) == ["the error on held-out images", "the health of the SAE"]
+    for counts, n_images in zip(parts.values(), (done.summary["held_out"]["n_images"], 33), strict=True):
+        assert len(counts) > 3  # of chunks
+        assert counts == sorted(counts)
+        assert {total for _, total in counts} == {n_images} == {counts[-1][0]}
+
+
 @pytest.mark.parametrize("background", ["keep", "some"])
 def test_for_a_gpu_the_images_of_several_chunks_are_taken_together(caches: list[Path], background: str) -> None:
     """The same tokens in the same order, in pieces of up to `step` tokens."""
