@@ -1,9 +1,10 @@
 """The health of an SAE that has just been trained, on images of its caches: all of them, or a sample that is cheap.
 
 `cyto sae eval` measures on all images, and the final CLS too. This is for the end of a training run: at most a
-sixteenth of the budget, and at most 2^20 tokens, in whole chunks that lie evenly over the caches. A sample has an
-error, which is told: two standard errors by the delete-one jackknife over at most 16 groups of neighbouring chunks
-(images beside each other are often of the same patient or class, so single images would make it too small).
+sixteenth of the budget (with tokens "auto" of the largest one, since rare latents need many images), and at most 2^20
+tokens, in whole chunks that lie evenly over the caches. A sample has an error, which is told: two standard errors by
+the delete-one jackknife over at most 16 groups of neighbouring chunks (images beside each other are often of the same
+patient or class, so single images would make it too small).
 Source: Efron and Stein 1981, Annals of Statistics 9, 586. Twin: tests/cytosae/training/test_health.py.
 """
 
@@ -30,7 +31,7 @@ from .held_out import images_of, tokens_at_a_time
 from .measured_sums import MeasuredSums
 
 LEAST_IMAGES = 64  # are measured on, whatever it costs
-SHARE = 16  # as many tokens are measured on as the budget has, divided by this
+SHARE = 16  # as many tokens are measured on as the (largest) budget has, divided by this
 MOST_TOKENS = 1 << 20  # whatever the budget is: 4,080 images of 257 tokens
 _GROUPS = 16  # of chunks, for the jackknife
 
