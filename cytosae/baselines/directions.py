@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from cytosae.sae import SparseAutoencoder
+from cytosae.training import float32_products
 from stores.errors import BadInput
 from stores.part_files import KeptState
 
@@ -219,7 +220,8 @@ def fitting_scale(model: SparseAutoencoder, tokens_ND: torch.Tensor) -> float:
     step = max(1, _DENSE_BYTES // (4 * model.n_latents))
     along = square = 0.0
     for part in tokens_ND.to(model.W_dec.device).split(step):
-        made = model.encode(part) @ model.W_dec
+        with float32_products("fp32", part.device.type):
+            made = model.encode(part) @ model.W_dec
         along += float((made * (part - model.b_dec)).sum(dtype=torch.float64))
         square += float(made.square().sum(dtype=torch.float64))
     return along / square if square > 0 and along > 0 else math.nan

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cytosae.sae import SparseAutoencoder
-from cytosae.training import images_of
+from cytosae.sae import Active, SparseAutoencoder
+from cytosae.training import MeasuredLatents, image_totals, images_of
 from stores.activation_store import ActivationStore
 from stores.errors import BadInput
 from stores.progress import Progress
@@ -65,14 +65,14 @@ def measure_images(
     shifted = np.zeros((n, model.width))
     first: torch.Tensor | None = None
     found: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = [(_NO_LATENTS, _NO_VALUES)] * n
-    n_done = 0
+    n_done, encoder = 0, MeasuredLatents(model)
     for images, half_NTD in images_of(store, place >= 0, token_set, range(store.spec.n_chunks), step=step):
         at = place[images]
         x_NTD = half_NTD.to(device).float()
         if first is None:  # sums of x itself would cancel where the tokens vary little
             first = x_NTD[0, 0].double()
-        z_BL = model.encode(x_NTD.reshape(-1, model.width))
-        error_NT = (model.decode(z_BL).view_as(x_NTD) - x_NTD).double().square().sum(2)
+        z = encoder.of(x_NTD.reshape(-1, model.width))
+        error_NT = (encoder.decoded(z).view_as(x_NTD) - x_NTD).double().square().sum(2)
         if not bool(torch.isfinite(error_NT).all()):
             raise BadInput("a reconstruction became NaN or infinite: the SAE's weights do not fit these tokens")
         away_NTD = x_NTD.double() - first
@@ -80,9 +80,13 @@ def measure_images(
         error[at] = error_NT.sum(1).cpu().numpy()
         square[at] = away_NTD.square().sum((1, 2)).cpu().numpy()
         shifted[at] = away_NTD.sum(1).cpu().numpy()
-        z_NTL = z_BL.view(*x_NTD.shape[:2], -1)
-        active[at] = (z_NTL > 0).sum((1, 2)).cpu().numpy()
-        for image, total_L in zip(at.tolist(), z_NTL.sum(1).cpu().numpy(), strict=True):
+        if isinstance(z, Active):
+            active_NL, total_NL = image_totals(z, len(images))
+            active[at] = active_NL.sum(1)
+        else:
+            z_NTL = z.view(*x_NTD.shape[:2], -1)
+            active[at], total_NL = (z_NTL > 0).sum((1, 2)).cpu().numpy(), z_NTL.sum(1).cpu().numpy()
+        for image, total_L in zip(at.tolist(), total_NL, strict=True):
             latents = np.flatnonzero(total_L)
             found[image] = latents.astype(np.int32), total_L[latents].astype(np.float32)
         n_done += len(images)

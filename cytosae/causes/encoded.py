@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from cytosae.sae import SparseAutoencoder
+from cytosae.training import float32_products
 from stores.activation_spec import Float16
 from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
@@ -37,7 +38,8 @@ def encoded(model: SparseAutoencoder, tokens_TD: torch.Tensor) -> CsrRows:
     BadInput
         If a latent is NaN or infinite.
     """
-    z_TL = model.encode(tokens_TD.to(model.W_enc.device))
+    with float32_products("fp32", model.W_enc.device.type):
+        z_TL = model.encode(tokens_TD.to(model.W_enc.device))
     token, latent = z_TL.nonzero(as_tuple=True)
     values = z_TL[token, latent].cpu().numpy()
     if not np.isfinite(values).all():

@@ -27,6 +27,8 @@ from .init_from import init_settings as init_settings
 from .losses import BatchLosses as BatchLosses
 from .losses import loss_and_gradients as loss_and_gradients
 from .losses import loss_weight as loss_weight
+from .measured_latents import MeasuredLatents as MeasuredLatents
+from .measured_latents import image_totals as image_totals
 from .objective import Objective as Objective
 from .precision import float32_products as float32_products
 from .report import TrainReport as TrainReport

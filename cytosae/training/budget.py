@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from cytosae.sae import SparseAutoencoder, TrainConfig
+from cytosae.sae import Active, SparseAutoencoder, TrainConfig
 from stores.errors import DamagedStore
 from stores.token_sets import chosen_tokens
 
 from .data import TrainingData
 from .distributed import Ranks
 from .losses import loss_weight
-from .precision import float32_products
+from .measured_latents import MeasuredLatents
 
 _SHORTEST_INTERVAL, _SHORT_UNTIL = 20, 1_280  # steps between two checks, and until when they are so few
 WATCHED_TOKENS = 8_192
@@ -190,14 +190,13 @@ class Watch:
     @torch.no_grad()
     def check(self, model: SparseAutoencoder, step: int, token_scale: float) -> Check:
         """Measure the SAE as it is after `step` steps."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        sums, latents = torch.zeros(2, dtype=torch.float64, device=self._device), MeasuredLatents(model)
         for part_BD in self._tokens_ND.split(max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))):
             x_BD = part_BD.to(self._device).float() * token_scale
-            with float32_products("fp32", x_BD.device.type):
-                z_BL = model.encode(x_BD)
-                x_hat_BD = model.decode(z_BL)
-            error_BD = (x_hat_BD - x_BD).square() * loss_weight(x_BD, self._config.loss)
-            sums += torch.stack([error_BD.sum(dtype=torch.float64), (z_BL > 0).sum().double()])
+            z = latents.of(x_BD)
+            error_BD = (latents.decoded(z) - x_BD).square() * loss_weight(x_BD, self._config.loss)
+            sums[0] += error_BD.sum(dtype=torch.float64)
+            sums[1] += len(z.values) if isinstance(z, Active) else (z > 0).sum()
         self._ranks.all_reduce_sum_(sums)
         error, n_active = sums.tolist()
         return Check(step, error / (self._n * model.width), n_active / self._n)

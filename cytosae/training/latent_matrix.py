@@ -115,6 +115,12 @@ def latents_of_found(found: Any, n_latents: int, sparse_below: float | None = No
     return DenseLatents(dense_BL)
 
 
+def find_few(z_BL: torch.Tensor) -> Active | None:
+    """The entries above 0 (or NaN) of float32 latents (B, L) on the CPU; None if they are too many to be worth it."""
+    use_kernels_with_torch_threads()
+    return kernels_cpu.find_active(z_BL.detach().numpy(), most=SPARSE_BELOW * z_BL.numel())[1]
+
+
 def default_sparse_below(device: str) -> float:
     """The density below which the form is CSC, on a kind of device."""
     return SPARSE_BELOW_ON_GPU if device == "cuda" else SPARSE_BELOW

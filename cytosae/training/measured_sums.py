@@ -1,20 +1,21 @@
 """Running sums over the tokens that an SAE is measured on: errors, L0, what is active, the tokens' own variance.
 
-In float64, and int64 for what is counted. Shapes: N images and B tokens of a micro-batch, T chosen tokens of an image,
-D width, L latents.
+In float64, and int64 for what is counted; of dense latents, or of the active ones alone (measured_latents.py).
+Shapes: N images and B tokens of a micro-batch, T chosen tokens of an image, D width, L latents.
 """
 
 import math
 
+import numpy as np
 import torch
 
-from cytosae.sae import SparseAutoencoder
+from cytosae.sae import Active, SparseAutoencoder
 from stores.concept_store import MEANINGFUL
 from stores.errors import BadInput
 
 from .distributed import Ranks
 from .losses import loss_weight
-from .precision import float32_products
+from .measured_latents import MeasuredLatents, image_totals
 
 
 class MeasuredSums:
@@ -42,6 +43,7 @@ class MeasuredSums:
         side = model.width if with_pca else 0
         self._shifted_DD = torch.zeros(side, side, dtype=torch.float64, device=device)
         self._model, self._loss, self._step, self._window_begins = model, loss, step, window_begins
+        self._latents = MeasuredLatents(model)
 
     @property
     def l0(self) -> float:
@@ -114,20 +116,33 @@ class MeasuredSums:
         active_NL = torch.zeros(n_images, self._model.n_latents, device=x_NTD.device)
         for start in range(0, per_image, self._step):
             x_BD = x_NTD[:, start : start + self._step].reshape(-1, width)
-            with float32_products("fp32", x_BD.device.type):
-                z_BL = self._model.encode(x_BD)
-                x_hat_BD = self._model.decode(z_BL)
-            self._add_tokens(x_BD.double(), x_hat_BD.double())
-            self._activation_L += z_BL.view(n_images, -1, z_BL.shape[1]).sum(1).double().sum(0)
-            z_BL.gt_(0)  # in place, 0 or 1: sums of such floats are exact, and ten times as fast as of booleans
-            self.l0_counts += torch.bincount(z_BL.sum(1).long(), minlength=len(self.l0_counts))
-            active_NL += z_BL.view(n_images, -1, z_BL.shape[1]).sum(1)
+            z = self._latents.of(x_BD)
+            self._add_tokens(x_BD.double(), self._latents.decoded(z).double())
+            active_NL += self._add_active(z, n_images) if isinstance(z, Active) else self._add_dense(z, n_images)
         self.n_tokens_active += active_NL.long().sum(0)
         fired_NL = active_NL > 0
         self.n_images_active += fired_NL.sum(0)
         self.latents_per_image += fired_NL.sum(1).tolist()
         self.fired_in_window |= fired_NL[max(0, self._window_begins - self.n_images) :].any(0)
         self.n_images += n_images
+
+    def _add_dense(self, z_BL: torch.Tensor, n_images: int) -> torch.Tensor:
+        """Add the latents of some images, as many tokens of each; returns (N, L): tokens on which each one is active.
+
+        z_BL : is overwritten
+        """
+        self._activation_L += z_BL.view(n_images, -1, z_BL.shape[1]).sum(1).double().sum(0)
+        z_BL.gt_(0)  # in place, 0 or 1: sums of such floats are exact, and ten times as fast as of booleans
+        self.l0_counts += torch.bincount(z_BL.sum(1).long(), minlength=len(self.l0_counts))
+        return z_BL.view(n_images, -1, z_BL.shape[1]).sum(1)
+
+    def _add_active(self, z: Active, n_images: int) -> torch.Tensor:
+        """The same, of active latents alone."""
+        active_NL, total_NL = image_totals(z, n_images)
+        self._activation_L += torch.from_numpy(total_NL.sum(0))
+        per_token = np.bincount(z.tokens, minlength=z.n_tokens)
+        self.l0_counts += torch.from_numpy(np.bincount(per_token, minlength=len(self.l0_counts)))
+        return torch.from_numpy(active_NL)
 
     def _add_tokens(self, x_BD: torch.Tensor, x_hat_BD: torch.Tensor) -> None:
         error_B = (x_hat_BD - x_BD).square().sum(1)

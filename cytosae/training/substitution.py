@@ -11,6 +11,7 @@ import torch
 from cytosae.sae import SparseAutoencoder
 from stores.errors import BadInput
 
+from .measured_latents import MeasuredLatents
 from .measured_sums import explained_share
 
 
@@ -68,10 +69,10 @@ def substitute(
     device: str,
 ) -> Substitution:
     """The effect on the final CLS embedding: each image goes through with its three replacements."""
-    cosines, distances = [], []
+    cosines, distances, latents = [], [], MeasuredLatents(model)
     for tokens_TD in outputs:
         four = tokens_TD.to(device).repeat(4, 1, 1)  # untouched, reconstruction, zeros, mean token
-        four[1, chosen] = torch.cat([model(part) for part in four[1, chosen].split(step)])
+        four[1, chosen] = torch.cat([latents.decoded(latents.of(part)) for part in four[1, chosen].split(step)])
         four[2, chosen] = 0
         four[3, chosen] = mean_D
         embedded = sample.final_cls(four).double().cpu()

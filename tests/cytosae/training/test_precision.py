@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import cytosae.causes.encoded as edits
 import cytosae.latents.encode as encoding
 from cytosae.latents.sparse_rows import Rounding
 from cytosae.sae import SparseAutoencoder, TrainConfig
@@ -19,6 +20,7 @@ from cytosae.training import (
     kernels_cpu,
     loss_and_gradients,
     losses,
+    measured_latents,
     measured_sums,
     objective,
     precision,
@@ -96,12 +98,12 @@ def test_a_gpu_is_told_to_sum_in_float32(name: str, may_be_cut: bool) -> None:
 
 
 @pytest.mark.skipif(not hasattr(MATMUL, "fp32_precision"), reason="torch 2.9")
-@pytest.mark.parametrize("place", ["measured sums", "watched tokens", "latents"])
+@pytest.mark.parametrize("place", ["measured sums", "watched tokens", "edited tokens", "latents"])
 def test_what_is_measured_and_encoded_on_a_gpu_is_float32(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch was told to take TF32, by a setting or by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE."""
     seen: list[str] = []
     before = MATMUL.fp32_precision
-    for module in (measured_sums, budget, encoding):  # as if this were a GPU
+    for module in (measured_latents, edits, encoding):  # as if this were a GPU
         monkeypatch.setattr(module, "float32_products", lambda name, _: precision.float32_products(name, "cuda"))
     model = small_model()
 
@@ -124,6 +126,8 @@ def test_what_is_measured_and_encoded_on_a_gpu_is_float32(place: str, monkeypatc
                 watch = budget.Watch.__new__(budget.Watch)
                 vars(watch).update(_n=10, _config=TrainConfig(), _device="cpu", _ranks=ALONE, _tokens_ND=tokens.half())
                 watch.check(model, 1, 1.0)
+            elif place == "edited tokens":
+                edits.encoded(model, tokens)
             else:
                 with encoding._Encoder(model, Rounding(23), "fp32", "cpu", most_rows=10) as encoder:
                     encoder.begin(tokens.half(), np.ones(1, bool), 10)().rows()
