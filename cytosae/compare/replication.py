@@ -53,7 +53,8 @@ Bools = npt.NDArray[np.bool_]
 RULES = ("q", "p_max_t", "p_step_down")
 _TOGETHER = 256  # permutations that are computed together
 _SLACK = 1e-6  # relative tolerance of ties: values are of float32
-_METHOD = 2  # version of the statistics: results of older versions are not taken for these
+_LEAST = 1e-9  # of a statistic, at most 1: a smaller one is rounding
+_METHOD = 3  # version of the statistics: results of older versions are not taken for these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +329,7 @@ def _replicate(
                 progress=tell,
             )
             permuted = _without_difference(draw, prepared, direction, config)
-            together = joint_test(observed, permuted, (g_before * direction)[both], both, floor=test.floor)
+            together = joint_test(observed, permuted, direction, g_before[both], both, floor=test.floor)
             found = {"p": test.p, "p_mid": test.p_mid, "floor": np.array([test.floor])}
             return found | {"together_p": together.p, "together_p_mid": together.p_mid}
 
@@ -385,19 +386,22 @@ def _replicate(
     }
 
 
-def joint_test(observed: Floats, permuted: Floats, before: Floats, both: Bools, *, floor: float) -> PermutationTest:
+def joint_test(
+    observed: Floats, permuted: Floats, direction: Floats, before: Floats, both: Bools, *, floor: float
+) -> PermutationTest:
     """One-sided p of what all latents say together: how many have the discovery's sign; the correlation of effects.
 
     Parameters
     ----------
     observed, permuted : (latents,), (permutations, latents) of `signed_test`; the permuted where nothing differs
-    before : the discovery's effects of `both`, in the direction of the discovery
+    direction : (latents,) 1 or -1, by which these are multiplied
+    before : the discovery's effects of `both`, with their signs, as in the correlation that is shown
     both : (latents,) which have an effect in both cohorts
     floor : luck must not give a p that no way to share out the patients has
     """
 
     def figures(rows: Floats) -> Floats:
-        return np.column_stack([(rows > 0).sum(1), correlations_with(before, rows[:, both])])
+        return np.column_stack([(rows > 0).sum(1), correlations_with(before, (rows * direction)[:, both])])
 
     (seen,), null = figures(observed[None]), figures(permuted)
     seen = np.where(np.isnan(seen), -np.inf, seen)  # says nothing: p is 1
@@ -426,13 +430,14 @@ def _without_difference(
     covariates = np.zeros((len(is_a), 0)) if prepared.covariates is None else prepared.covariates
     group, _ = residual_group(is_a, covariates, strata)
     values -= np.outer(group, group @ values / (group @ group))
-    return signed_test(
+    found = signed_test(
         *(values, is_a, direction),
         n_permutations=config.n_permutations,
         seed=config.seed,
         strata=strata,
         covariates=covariates,
     )[2]
+    return np.where(np.abs(found) < _LEAST, 0, found)  # groups as they are differ by rounding alone
 
 
 _TAKEN = ("difference", "hedges_g", "hedges_g_low", "hedges_g_high", "auc", "p", "q", "p_max_t")

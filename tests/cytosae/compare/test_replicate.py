@@ -13,6 +13,7 @@ from command_line import fails, run
 from scipy import stats
 
 from cytosae.compare import CompareConfig, ReplicateConfig, compare, replicate, replication
+from cytosae.compare.groups import Prepared, TwoGroups
 from cytosae.compare.permutation import combine_draws
 from cytosae.compare.replication import (
     correlation_limits,
@@ -199,18 +200,20 @@ def test_the_joint_test_counts_as_loops_do() -> None:
     rng = np.random.default_rng(3)
     permuted, observed, before = rng.normal(size=(80, 9)), rng.normal(0.4, 1, 9), rng.normal(size=7)
     both = np.arange(9) % 4 != 3
-    permuted[5, both] = 0.25  # does not vary: no correlation
-    found = joint_test(observed, permuted, before, both, floor=0.01)
+    permuted[5, both] = 0.25 * np.where(np.arange(9) % 2, 1.0, -1)[both]  # does not vary: no correlation
+    direction = np.where(np.arange(9) % 2, 1.0, -1)
+    found = joint_test(observed, permuted, direction, before, both, floor=0.01)
     n_same = sum(value > 0 for value in observed)
-    seen = np.corrcoef(before, observed[both])[0, 1]
+    seen = np.corrcoef(before, (observed * direction)[both])[0, 1]
     signs = [sum(value > 0 for value in row) for row in permuted]
-    correlations = [np.corrcoef(before, row[both])[0, 1] if np.ptp(row[both]) else -np.inf for row in permuted]
+    signed = [(row * direction)[both] for row in permuted]
+    correlations = [np.corrcoef(before, row)[0, 1] if np.ptp(row) else -np.inf for row in signed]
     for at, (null, here) in enumerate(((signs, n_same), (correlations, seen))):
         as_far, farther = sum(value >= here for value in null), sum(value > here for value in null)
         assert found.p[at] == pytest.approx((1 + as_far) / 81)
         assert found.p_mid[at] == pytest.approx((1 + (as_far + farther) / 2) / 81)
-    assert joint_test(observed + 9, permuted, before, both, floor=0.3).p[0] == 0.3
-    silent = joint_test(np.full(9, 0.5), permuted, before, both, floor=0.01)
+    assert joint_test(observed + 9, permuted, direction, before, both, floor=0.3).p[0] == 0.3
+    silent = joint_test(direction / 2, permuted, direction, before, both, floor=0.01)
     assert silent.p[1] == 1, "effects that do not vary say nothing"
 
 
@@ -235,13 +238,14 @@ def test_all_draws_of_thinned_patients_decide_together(
     chosen = [row["latent"] for row in rows]
     assert len(chosen) > 8
     direction = np.sign([row["discovery_difference"] for row in rows])
-    before = np.array([row["discovery_hedges_g"] for row in rows]) * direction
+    before = np.array([row["discovery_hedges_g"] for row in rows])
     tests = []
     for values in (each[:, chosen] for each in prepared.draws):
         _, observed, _ = signed_test(values, prepared.groups.is_a, direction, n_permutations=200, seed=config.seed)
         same = values - np.where(prepared.groups.is_a[:, None], values[:12].mean(0), values[12:].mean(0))
         permuted = signed_test(same, prepared.groups.is_a, direction, n_permutations=200, seed=config.seed)[2]
-        tests.append(joint_test(observed, permuted, before, np.ones(len(rows), bool), floor=done.summary["p_floor"]))
+        every, floor = np.ones(len(rows), bool), done.summary["p_floor"]
+        tests.append(joint_test(observed, permuted, direction, before, every, floor=floor))
     wanted = combine_draws(tests).p
     assert len({*(float(test.p[1]) for test in tests)}) > 1
     assert [done.summary["p_same_sign"], done.summary["p_correlation"]] == pytest.approx(wanted.tolist(), rel=0.02)
@@ -260,6 +264,7 @@ def test_planted_latents_return_at_half_the_size(discovery: Path, tmp_path: Path
     assert all(row["same_sign"] and row["is_replicated"] for row in planted)
     assert said["correlation"] > 0.9
     assert said["correlation_low"] > 0.8
+    assert said["p_correlation"] <= 0.05, "effects both ways agree: p was that of their sizes alone, 0.1 to 0.9"
     assert 0.3 < said["ratio_low"] < said["ratio"] < said["ratio_high"] < 0.75
     by_coins = stats.binomtest(said["n_same_sign"], said["n_latents"], alternative="greater").pvalue
     assert said["p_same_sign"] == pytest.approx(by_coins, abs=0.06)  # these latents are independent
@@ -311,6 +316,18 @@ def test_no_p_is_below_what_so_few_patients_can_give(discovery: Path, tmp_path: 
     assert said["p_floor"] == pytest.approx(1 / 126)
     assert min(said["p_correlation"], said["p_same_sign"]) >= said["p_floor"]
     assert said["ratio_low"] <= said["ratio"] <= said["ratio_high"]
+
+
+def test_where_the_difference_is_taken_off_rounding_is_no_effect() -> None:
+    """3 against 3: a tenth of the permutations are the patients as they are. Rounding gave them signs at random."""
+    values = draw(1)[[0, 1, 2, 12, 13, 14]]
+    said: dict[str, Any] = {name: ["x"] * 6 for name in ("names", "ids", "diseases", "datasets")}
+    said |= {"n_images": np.ones(6, np.int64), "n_without_disease": 0, "n_of_others": 0}
+    groups = TwoGroups(values=values, is_a=np.arange(6) < 3, **said)
+    prepared = Prepared(groups=groups, draws=[values], crude=(values, [values], groups.is_a))
+    found = replication._without_difference(values, prepared, np.ones(values.shape[1]), settings())
+    assert 50 < (found == 0).all(1).sum() < 150
+    assert not ((np.abs(found) < 1e-9) & (found != 0)).any()
 
 
 @pytest.mark.stress
