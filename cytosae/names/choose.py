@@ -75,10 +75,10 @@ def divide_images(table: Any, config: DescribeConfig) -> Images:
     ]
     hashes = [str(each) for each in cells["content_hash"]]
     readable = cells["status"] == STATUS_OK
-    group = connected_groups([patients, hashes])
+    group = divided = connected_groups([patients, hashes])
     doubts: tuple[str, ...] = ()
     if len(np.unique(group[readable])) < _FEWEST:
-        group = connected_groups([hashes])
+        divided = connected_groups([hashes])  # sides alone: images of one patient stay so for pairs and intervals
         known = len({*patients} - {""})
         doubts = (
             f"{known} patients are too few to be divided: shown and test images are of the same patients, so a score "
@@ -86,14 +86,14 @@ def divide_images(table: Any, config: DescribeConfig) -> Images:
         )
     codes = np.unique(cells["dataset"].astype(str), return_inverse=True)[1].astype(np.int64)
     rng = np.random.default_rng([config.seed, 0])
-    side_of = np.full(int(group.max(initial=-1)) + 1, NEITHER, np.int64)
-    first = np.unique(group[readable], return_index=True)
-    of_dataset = codes[np.flatnonzero(readable)[first[1]]]  # of each group, that of its first image
+    side_of = np.full(int(divided.max(initial=-1)) + 1, NEITHER, np.int64)
+    first = np.unique(divided[readable], return_index=True)
+    of_dataset = codes[np.flatnonzero(readable)[first[1]]]  # of what is divided, that of its first image
     for code in np.unique(of_dataset):
         members = rng.permutation(first[0][of_dataset == code])
         half = (len(members) + int(rng.integers(2))) // 2
         side_of[members[:half]], side_of[members[half:]] = SHOWN, TEST
-    side = np.where(readable, side_of[group], NEITHER)
+    side = np.where(readable, side_of[divided], NEITHER)
     stratum = codes
     if config.match == LABEL:
         keys = [f"{code}/{label}" for code, label in zip(codes, labels, strict=True)]

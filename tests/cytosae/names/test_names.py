@@ -163,6 +163,22 @@ def test_few_patients_are_divided_by_image_and_that_is_said(world: World) -> Non
     assert not divide_images(world.images.assign(patient=""), DescribeConfig()).doubts
 
 
+def test_images_of_few_patients_are_still_theirs(tmp_path: Path) -> None:
+    """Three patients, two with an image in common: each image was a patient, in items, pairs and intervals."""
+    few, out = make_world(tmp_path, n_patients=3), tmp_path / "n"
+    describe(few, out, latents=[0, 1], command=lambda request: {"name": "a square"}, judge=seeing)
+    rows = images_of(out)
+    assert {row["matched_by"] for row in rows if row["row"] == "not active"} == {"patient"}
+    assert len({row["patient_group"] for row in rows}) == 2
+    side_of = {row["image_id"]: row["side"] for row in ResultStore(out, NAMES).table("split").to_pylist()}
+    assert {*side_of.values()} == {"shown", "test", ""}
+    assert side_of[few.images.index[20]] == side_of[few.images.index[21]]  # the same bytes
+    item = json.loads((out / "items" / "latent0.json").read_text())
+    assert item["statistics"]["n_patients"] == 2
+    for row in pq.read_table(out / "detection.parquet").to_pylist():
+        assert (row["n_patients"], row["auc_low"], row["difference_low"]) == (2, None, None)
+
+
 def test_inactive_images_of_the_same_label(world: World, tmp_path: Path) -> None:
     describe(world, tmp_path / "n", config=DescribeConfig(match="label"), latents=[0])
     rows = images_of(tmp_path / "n")
