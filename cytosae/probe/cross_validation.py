@@ -159,9 +159,9 @@ def run_fold(barcodes: Thresholds, labels: Ints, division: Division, fold: int, 
 def choose_inside(barcodes: Thresholds, labels: Ints, training: Bools, inner_of: Ints, plan: Plan) -> Choice:
     """Choose threshold and C by a cross-validation within the training rows (n,), with the folds `inner_of`.
 
-    Those with the best weighted F1 are chosen; of equal ones the smallest C, then the lowest threshold. The latents'
-    mean activations, too, are those of the inner training rows alone. With one threshold and one factor of C there is
-    no inner cross-validation.
+    By weighted F1: at each threshold the best C, of equal ones the smallest; then the best threshold, of equal ones the
+    lowest. The latents' mean activations, too, are those of the inner training rows alone. With one threshold and one
+    factor of C there is no inner cross-validation.
     """
     factors, n_thresholds = np.array(plan.c_factors), barcodes.n_thresholds
     n_inner = plan.n_inner_folds if n_thresholds > 1 or len(factors) > 1 else 0

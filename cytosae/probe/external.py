@@ -27,7 +27,16 @@ from stores.tables import listed
 
 from .figures import plot_test_confusion
 from .folds import FEW_GROUPS
-from .intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, possible, scores_of_draws
+from .intervals import (
+    N_DRAWS,
+    calibration,
+    calibration_error,
+    draw_groups,
+    faultless,
+    interval,
+    possible,
+    scores_of_draws,
+)
 from .result import ProbeTest
 from .saved_model import Card, ProbeModel, check_barcodes, check_unseen, image_hashes, read_model, units_config
 from .scores import METRICS, class_scores, confusion_matrix, finite_or_none, score
@@ -267,6 +276,7 @@ def _scores(predictions: dict[str, Float], card: Card, rows: Rows, seed: int) ->
         of_model.append("the fit of the model did not converge; its predictions count as they are")
     if card.normalize != "images" and card.level == "patient":
         of_model.append(f"barcodes are normalised as {card.normalize}: the number of images is in every score")
+    of_model += faultless([predictions["barcode"][is_scored]], labels, groups)
     return {
         "level": card.level,
         "target": rows.config.target,

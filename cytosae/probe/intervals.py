@@ -89,6 +89,20 @@ def possible(name: str, ends: dict[str, float | None]) -> dict[str, float | None
     return {key: None if end is None else float(min(max(end, 0.0), most)) for key, end in ends.items()}
 
 
+def faultless(probabilities: Sequence[Float], labels: Ints, groups: Ints) -> list[str]:
+    """A warning where no row is predicted wrongly: draws of what is right are all right, and the truth need not be.
+
+    The share is the exact upper 95% limit (Clopper and Pearson 1934) of none in so many groups.
+    """
+    n = len(np.unique(groups))
+    if any((p.argmax(1) != labels).any() for p in probabilities):
+        return []
+    return [
+        f"no prediction of the barcodes is wrong, so intervals of F1 and accuracy have no width and say too much: "
+        f"with {n:,} independent groups, up to {1 - 0.025 ** (1 / n):.0%} of others could be predicted wrongly"
+    ]
+
+
 def calibration(probabilities: Sequence[Float], labels: Ints) -> list[dict[str, float]]:
     """Confidence (the largest probability) and accuracy in bins of equal width, over all repeats; no empty bins."""
     confidence = np.concatenate([p.max(1) for p in probabilities])

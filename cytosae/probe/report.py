@@ -13,7 +13,16 @@ from stores.result_folder import ResultWriter
 from .cross_validation import Repeat
 from .figures import plot_confusion, plot_curve, plot_methods
 from .folds import FEW_CHANGED, free_share
-from .intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, possible, scores_of_draws
+from .intervals import (
+    N_DRAWS,
+    calibration,
+    calibration_error,
+    draw_groups,
+    faultless,
+    interval,
+    possible,
+    scores_of_draws,
+)
 from .scores import METRICS, class_scores, confusion_matrix, finite_or_none, score, summarize
 from .units import Units, shared_groups
 
@@ -76,6 +85,7 @@ def scores_of(found: Found, about: dict[str, Any], warnings: list[str]) -> dict[
     n_kept = np.mean([repeat.n_kept.mean(0) for repeat in repeats], axis=0)
     chosen = Counter(t for repeat in repeats for t in repeat.chosen.tolist())
     barcode, *others = found.methods
+    warnings = [*warnings, *faultless(barcode.probabilities, units.labels, units.groups)]
     curve = [method for method in others if method.threshold is not None]
     return {
         **about,
