@@ -25,6 +25,7 @@ FULL = {
     "encode": ["--images", "256", "--chunk-images", "256"],
     "extract": ["--images", "512", "--batch-size", "32", "--chunk-images", "128"],
     "sae_step": ["--tokens", "16448", "--sweep"],
+    "measure": ["--images", "96"],
     "sae_run": ["--steps", "400"],
     "baselines": [],
     "sae_step_gpu": ["--run"],

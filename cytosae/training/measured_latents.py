@@ -6,6 +6,8 @@ Shapes: N images and B tokens of a micro-batch, D width, L latents.
 Twin: tests/cytosae/training/test_measured_sums.py.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -53,6 +55,6 @@ def image_totals(z: Active, n_images: int) -> tuple[npt.NDArray[np.int64], npt.N
     n_latents = len(z.counts)
     latents, images = np.repeat(np.arange(n_latents), z.counts), z.tokens // (z.n_tokens // n_images)
     at, shape = images * np.int64(n_latents) + latents, (n_images, n_latents)
-    active = np.bincount(at, minlength=n_images * n_latents).astype(np.int64, copy=False)
-    total = np.bincount(at, z.values.astype(np.float64), n_images * n_latents)
-    return active.reshape(shape), total.reshape(shape)
+    active: npt.NDArray[np.int64] = np.bincount(at, minlength=n_images * n_latents).reshape(shape)
+    total: npt.NDArray[Any] = np.bincount(at, z.values, n_images * n_latents).reshape(shape)
+    return active, total

@@ -17,6 +17,7 @@ TINY = {
     "loader": "--images 12 --chunk-images 4 --pool-chunks 2 --batch-tokens 514 --epochs 1 --width 32 "
     "--quality-images 24 --dataloader-batches 2 --rounds 1",
     "sae_step": "--tokens 64 --width 32 --latents 256 --l0 10 --sweep --micro-batches 32,64 --rounds 1",
+    "measure": "--images 3 --width 32 --latents 256 --k 4 --rounds 1",
     "sae_run": "--images 6 --width 32 --expansion 4 --batch-tokens 257 --steps 4",
     "baselines": "--images 20 --width 16 --latents 64",
     "sae_step_gpu": "",
