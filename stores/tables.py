@@ -227,13 +227,14 @@ def csv_bytes(table: pa.Table) -> bytes:
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow([_not_a_formula(name) for name in table.column_names])
+    writer.writerow([not_a_formula(name) for name in table.column_names])
     for row in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
-        writer.writerow([_not_a_formula(cell) for cell in row])
+        writer.writerow([not_a_formula(cell) for cell in row])
     return text.getvalue().encode("utf-8-sig")  # -sig: else Excel does not read it as UTF-8
 
 
-def _not_a_formula(cell: object) -> object:
+def not_a_formula(cell: object) -> object:
+    """The cell of a table for a spreadsheet, with an apostrophe if it were read as a formula."""
     if isinstance(cell, str) and (cell.startswith(_BREAKS) or cell.lstrip().startswith(_FORMULA_SIGNS)):
         return f"'{cell}"
     return cell

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from stores.errors import SpecMismatch
 from stores.files import PARTIAL_SUFFIX, write_atomic
+from stores.tables import not_a_formula
 
 _HEAD = re.compile(rb"pseudonym,original\r\nkey,([0-9a-f]{64})\r\n")
 
@@ -73,7 +74,7 @@ def write_pseudonyms(path: Path, pseudonyms: Pseudonyms, rows: Iterable[tuple[st
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerows([("pseudonym", "original"), ("key", pseudonyms.key)])
-    writer.writerows((shown, f"'{real}" if real[:1] in "=+-@\t\r" else real) for shown, real in rows)
+    writer.writerows((shown, not_a_formula(real)) for shown, real in rows)
     write_atomic(path, text.getvalue().encode())
     path.chmod(0o600)  # readable by the owner only
 
