@@ -97,12 +97,23 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An error of the system inside says which file was written: that of a full disk does not say it by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomic(path: Path, *pieces: bytes | memoryview) -> None:
     """Write the pieces to `path`, atomically and durably: after a crash there is the old file or the new one."""
     for is_last_try in (False, True):
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
         try:
-            with partial.open("xb") as file:
+            with named(path), partial.open("xb") as file:
                 for piece in pieces:
                     file.write(piece)
                 file.flush()
@@ -126,7 +137,8 @@ def write_files(root: Path, files: Mapping[str, bytes]) -> None:
         if path.parent not in folders:
             path.parent.mkdir(parents=True, exist_ok=True)
             folders.add(path.parent)
-        path.write_bytes(raw)
+        with named(path):
+            path.write_bytes(raw)
 
 
 def write_new(path: Path, *pieces: bytes | memoryview) -> bool:
@@ -366,7 +378,7 @@ def sweep_partials(root: Path) -> int:
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line and sync it. A crash can truncate this line, but no earlier one."""
     is_new = not path.exists()
-    with path.open("ab") as file:
+    with named(path), path.open("ab") as file:
         file.write(canonical_json(record) + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """The patch maps of the images on concept pages: written image by image, read latent by latent, in a file meanwhile."""
 
 import base64
+import errno
 import os
 import tempfile
 import weakref
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from stores.files import named
 
 from .lies_on import Maps8, PatchKinds, Share
 from .plan import Plan
@@ -30,7 +33,8 @@ class Maps:
         self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
         self.sizes: set[tuple[int, int]] = set()  # height and width of the images, in pixels
         self.n_patches = n_patches
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._folder = folder or Path(tempfile.gettempdir())
+        self._file = tempfile.TemporaryFile(dir=self._folder)
         self.close = weakref.finalize(self, self._file.close)  # the file is gone with this object at the latest
         self._file.truncate(n_maps * n_patches)
 
@@ -40,7 +44,9 @@ class Maps:
         largest = patches.max(initial=0)
         self.largest[number] = largest
         steps = np.round(patches / (largest or 1) * 255).astype(np.uint8)
-        os.pwrite(self._file.fileno(), steps.tobytes(), number * self.n_patches)
+        with named(self._folder):
+            if os.pwrite(self._file.fileno(), steps.tobytes(), number * self.n_patches) < steps.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the rest of the map would stay 0
 
     def read(self, first: int, n_maps: int) -> Maps8:
         """(n_maps, n_patches) maps that follow each other."""

@@ -14,10 +14,12 @@ exactly in the second pass. Memory beside a block: 1.2 kB and the bins of the hi
 256 bytes for each image.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -26,6 +28,7 @@ import numpy.typing as npt
 
 from cytosae.search import Fingerprints, blocks_of, rarity
 from stores.csr import CsrReader, CsrRows
+from stores.files import named
 
 from .cohort import Cohort, positions
 from .inputs import Inputs
@@ -166,7 +169,9 @@ def _best_cells(reader: CsrReader, cohort: Cohort, position: Short, n: int) -> S
     if 4 * n * n_patients <= _IN_MEMORY or not n * n_patients:
         found = np.full((n, n_patients), -1, np.int32)
     else:
-        with tempfile.TemporaryFile() as file:  # it stays until the array is gone
+        with named(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:  # it stays until the array is gone
+            if hasattr(os, "posix_fallocate"):  # else a full disk ends the process by a signal, at the first entry
+                os.posix_fallocate(file.fileno(), 0, 4 * n * n_patients)
             found = np.memmap(file, np.int32, "w+", shape=(n, n_patients))
     patient_of, at_once = cohort.patient_of.astype(np.int32), max(1, _CELLS // max(1, n))
     for start in range(0, n_patients, at_once):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stores.files import is_dropping, plain_number, sha256_file
+from stores.files import is_dropping, named, plain_number, sha256_file
 from stores.wording import plain_text
 
 _NONE = "\N{EN DASH}"  # shown for undefined values
@@ -42,7 +42,8 @@ class Site:
         if self.root is not None:
             path = self.root / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            with named(path):
+                path.write_bytes(content)
         self._files[name] = (len(content), hashlib.sha256(content).hexdigest())
 
     def take_in(self, folder: str) -> None:

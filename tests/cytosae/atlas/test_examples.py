@@ -1,5 +1,8 @@
 """Deciles, near misses, best cells and histograms of latents: equal to plain loops over all values, in any blocks."""
 
+import errno
+import os
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,6 +128,22 @@ def test_histograms(made: Any, sizes: int) -> None:
         for n, latent in enumerate(LATENTS):
             values = means[members & (means[:, latent] > 0), latent]
             assert found.histograms[number, n].tolist() == np.histogram(np.log10(values), BIN_EDGES)[0].tolist()
+
+
+def test_a_full_disk_of_temporary_files_ends_in_an_error_not_in_a_signal(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry of a mapped file for which there is no space ends the process."""
+
+    def full(descriptor: int, start: int, n_bytes: int) -> None:
+        assert (start, n_bytes) == (0, len(LATENTS) * 12 * 4)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(examples, "_IN_MEMORY", 0)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left") as error:
+        find(made)
+    assert error.value.filename == tempfile.gettempdir()
 
 
 def test_values_outside_the_bins_count_in_the_outermost() -> None:
