@@ -139,7 +139,7 @@ class _Entry(LazyGroup):
             if error.errno not in _USERS_DISK:
                 raise
             place, advice = error.filename or "the output", _USERS_DISK[error.errno]
-            raise click.ClickException(f"cannot use {place}: {error.strerror}; {advice}") from None
+            raise click.ClickException(f"cannot use {_one_line(str(place))}: {error.strerror}; {advice}") from None
         except KeyboardInterrupt:
             click.echo("\ninterrupted; run the same command again to continue", err=True)
             ctx.exit(130)

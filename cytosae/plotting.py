@@ -6,6 +6,8 @@ matplotlib parses text between `$` as mathematics, so names from the data go thr
 from pathlib import Path
 from typing import Any
 
+from stores.files import named
+
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito
 MARKERS = "osD^vP*X"
 _LONGEST_NAME = 40
@@ -25,7 +27,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
     partial = path.with_name(f"{path.name}.partial")
     kind = path.suffix[1:]
-    with matplotlib.rc_context({"svg.hashsalt": "cyto", "svg.fonttype": "none"}):
+    with named(path), matplotlib.rc_context({"svg.hashsalt": "cyto", "svg.fonttype": "none"}):
         figure.savefig(partial, format=kind, metadata={"Date": None} if kind == "svg" else None)
     partial.replace(path)
 

@@ -29,7 +29,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from stores.machine import n_cores
 
 from .errors import CytoError, DamagedStore
-from .files import sync_folder, write_atomic
+from .files import named, sync_folder, write_atomic
 from .remote import CheckedObjects, reachable
 from .zarr_meta import ArrayMeta, array_meta, check_chunk_header, group_attributes, read_array, read_group
 
@@ -486,7 +486,8 @@ def _write_chunk(path: Path, name: str, values: npt.NDArray[Any], size: int) -> 
     else:
         raw = bytes(zstd.compress(values, 0, True))
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(raw)
+    with named(path):
+        path.write_bytes(raw)
     return len(raw), crc32(raw)
 
 

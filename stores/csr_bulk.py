@@ -27,7 +27,7 @@ from zarr.storage import MemoryStore
 from .checksum import CRC_BYTES
 from .csr import CsrReader
 from .errors import DamagedStore, StoreUnreachable
-from .files import PARTIAL_SUFFIX, write_files
+from .files import PARTIAL_SUFFIX, named, write_files
 from .remote import CheckedObjects
 
 CHUNK_ENTRIES = 1 << 20  # per chunk of a matrix that is filled here
@@ -228,7 +228,7 @@ def write_entries(path: Path, name: str, start: int, values: npt.NDArray[Any]) -
         raw = codec.encode(chunk)
         target = _chunk_file(path / name, (start + at) // CHUNK_ENTRIES)
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-        with partial.open("xb") as file:
+        with named(target), partial.open("xb") as file:
             file.write(raw)
             file.write(google_crc32c.value(raw).to_bytes(CRC_BYTES, "little"))
             file.flush()

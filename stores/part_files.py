@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .checksum import CRC_BYTES
 from .errors import DamagedStore
-from .files import PARTIAL_SUFFIX, canonical_json
+from .files import PARTIAL_SUFFIX, canonical_json, named
 
 _ALIGNMENT = 64  # bytes; of the first array
 _KINDS = "iuf"  # integers and floats; no objects
@@ -116,7 +116,7 @@ def write_part(path: Path, tag: str, arrays: dict[str, npt.NDArray[Any]]) -> Non
     checksum = 0
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
-        with partial.open("xb") as file:
+        with named(path), partial.open("xb") as file:
             for piece in pieces:
                 checksum = google_crc32c.extend(checksum, piece)
                 file.write(piece)

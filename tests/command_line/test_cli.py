@@ -361,3 +361,7 @@ def test_places_that_cannot_be_written(made: Path, tmp_path: Path) -> None:
     fails("cannot use .*file", "cache", "extract", made / "images.csv", tmp_path / "file" / "a.zarr")
     fails("lies inside an activation cache", "sae", "train", made / "acts.zarr", "-o", made / "acts.zarr" / "run")
     fails("given twice", "sae", "train", made / "acts.zarr", made / "acts.zarr", "-o", tmp_path / "run")
+    (tmp_path / "a\nb\x1b[31m").write_text("")  # one line, and no colours of others
+    fails(
+        r"cannot use .*/a\\nb\\x1b\[31m", "cache", "extract", made / "images.csv", tmp_path / "a\nb\x1b[31m" / "a.zarr"
+    )

@@ -138,8 +138,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as full:
             write_json(path, {"a": 2})
+        with pytest.raises(OSError, match=r"No space left .*journal'"):
+            append_line(tmp_path / "journal", {})
+    assert full.value.filename == str(path), "the system does not say it"
+    (tmp_path / "journal").unlink()
     assert path.read_text(encoding="utf-8") == '{\n "a": "ü"\n}\n'
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError):
