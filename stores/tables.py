@@ -257,7 +257,8 @@ def read_image_table(path: Path) -> pa.Table:
 def table_sha256(table: pa.Table) -> str:
     """SHA-256 of names, order and values of all columns; independent of Parquet's own version and layout."""
     cells = [[name, table[name].to_pylist()] for name in table.column_names]
-    text = json.dumps(cells, separators=(",", ":"), ensure_ascii=False)  # NaN is allowed for measured numbers
+    # NaN is allowed for measured numbers; repr: bytes and times, which no table of ours has, unless it is damaged
+    text = json.dumps(cells, separators=(",", ":"), ensure_ascii=False, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -507,3 +507,14 @@ def test_a_sealed_table_vouches_for_its_cells(tmp_path: Path) -> None:
     assert n_found > 0.5 * (footer - 4)
     pq.write_table(table, path)
     assert read_sealed(path)[1] == {}
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.duration("s"), pa.timestamp("s"), pa.decimal128(5)])
+def test_a_column_whose_type_was_damaged_is_a_changed_table(kind: pa.DataType, tmp_path: Path) -> None:
+    """One flipped bit of a Parquet file makes texts bytes, or numbers times, which JSON does not know."""
+    values = [b"a"] if pa.types.is_binary(kind) else [1]
+    said = pa.table({"a": ["a"]})
+    damaged = pa.table({"a": pa.array(values, kind)}, metadata={"cyto": f'{{"sha256": "{table_sha256(said)}"}}'})
+    pq.write_table(damaged, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="not the ones that were written"):
+        read_sealed(tmp_path / "a.parquet")
